@@ -1,0 +1,175 @@
+"""Which backend serves a call, and why the others do not."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+#: Every backend by name. ``reference`` is plain PyTorch and serves every call.
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+
+#: What ``auto`` tries on each kind of device, best first, before it falls back to ``reference``.
+PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+
+#: ``reasons(*args, **kwargs)`` of an op's public call: why the backend can't serve it; empty if it can.
+Reasons = Callable[..., list[str]]
+
+_requested: str | None = None
+_warned: set[tuple[str, str]] = set()
+
+
+def _checked(name: str, source: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{source} must be one of 'auto', {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    return name
+
+
+_environment = _checked(os.environ.get("GDL_KERNELS_BACKEND", "auto"), "GDL_KERNELS_BACKEND")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Use one backend for every op called in a region, unless a call names its own.
+
+    The region is the process's, not the thread's: the backward pass, which PyTorch runs in threads of its own, sees
+    it too. Under ``backend("reference")`` every op is plain PyTorch.
+
+    Args:
+        name: ``"auto"``, ``"reference"``, ``"cpu"``, ``"cuda"`` or ``"triton"``.
+
+    Raises:
+        ValueError: if there is no such backend.
+    """
+    global _requested
+    previous, _requested = _requested, _checked(name, "backend")
+    try:
+        yield
+    finally:
+        _requested = previous
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The backends that an op has: for each, a function that says why it can't serve a call."""
+
+    op: str
+    reasons: Mapping[str, Reasons]
+
+    def pick(self, device: torch.device, requested: str | None, *args: Any, **kwargs: Any) -> str:
+        """The name of the backend that serves this call.
+
+        Raises:
+            RuntimeError: if a backend was asked for by name and can't serve it; the message has every reason.
+        """
+        name = requested if requested is not None else _requested if _requested is not None else _environment
+        _checked(name, "backend")
+        if name == "reference":
+            return name
+        if name != "auto":
+            why = self.why_not(name, *args, **kwargs)
+            if why:
+                raise RuntimeError(f"backend {name!r} can't serve this {self.op}: {'; '.join(why)}")
+            return name
+        missed = []
+        for candidate in PREFERENCE.get(device.type, ()):
+            if candidate not in self.reasons:
+                continue
+            why = self.reasons[candidate](*args, **kwargs)
+            if not why:
+                break
+            missed.append(f"{candidate}: {'; '.join(why)}")
+        else:
+            candidate = "reference"
+        if missed and not torch.compiler.is_compiling():
+            self._warn_once(candidate, " | ".join(missed))
+        return candidate
+
+    def why_not(self, name: str, *args: Any, **kwargs: Any) -> list[str]:
+        if name == "reference":
+            return []
+        if name not in self.reasons:
+            return [f"{self.op} has no {name} kernel"]
+        return self.reasons[name](*args, **kwargs)
+
+    def _warn_once(self, chosen: str, why: str) -> None:
+        if (self.op, why) not in _warned:
+            _warned.add((self.op, why))
+            warnings.warn(
+                f"gdl_kernels: {self.op} runs on the slower backend {chosen!r} because of {why}. "
+                "This is said once; gdl_kernels.explain tells more.",
+                stacklevel=4,
+            )
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What each backend says of one call: ``verdicts[name]`` is "chosen", "can", or why not."""
+
+    op: str
+    verdicts: Mapping[str, str]
+
+    def __str__(self) -> str:
+        width = max(map(len, self.verdicts))
+        return "\n".join([self.op, *(f"  {name:{width}}  {verdict}" for name, verdict in self.verdicts.items())])
+
+    __repr__ = __str__
+
+
+_ops: dict[str, Choices] = {}
+
+
+def add_op(op: str, reasons: Mapping[str, Reasons]) -> Choices:
+    _ops[op] = Choices(op, reasons)
+    return _ops[op]
+
+
+def ops() -> Mapping[str, Choices]:
+    return _ops
+
+
+def explain(op: str | Callable[..., Any], *args: Any, backend: str | None = None, **kwargs: Any) -> Explanation:
+    """Say which backend a call would use, and why not the others. Nothing is computed.
+
+    Args:
+        op: an op's name or its public function.
+        args, kwargs: what the op would be called with.
+
+    Returns:
+        An :class:`Explanation`; printing it gives a line for each backend.
+
+    Raises:
+        ValueError: if there is no such op.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
+    if name not in _ops:
+        raise ValueError(f"op must be one of {', '.join(sorted(_ops))}, got {name!r}")
+    choices = _ops[name]
+    tensor = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
+    if tensor is None:
+        raise ValueError(f"explain({name!r}, ...) needs the tensors that {name} would be called with")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        already = set(_warned)
+        try:
+            chosen = choices.pick(tensor.device, backend, *args, **kwargs)
+        except RuntimeError:
+            chosen = None
+        _warned.intersection_update(already)  # explaining is not the first call: that one still warns
+    verdicts = {}
+    for candidate in BACKENDS:
+        why = choices.why_not(candidate, *args, **kwargs)
+        verdicts[candidate] = "chosen" if candidate == chosen else "; ".join(why) or "can"
+    return Explanation(name, verdicts)
+
+
+def available_backends() -> dict[str, str]:
+    """Every backend on this machine: ``"available"``, or the reason why it is not."""
+    from . import _native
+
+    return {name: "; ".join(_native.missing(name)) or "available" for name in BACKENDS}

@@ -1,0 +1,80 @@
+"""Finds the compiled kernels: which variant this machine runs, and why one is missing."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+#: CPU variants by PyTorch's own name for the machine's capability, which reads CPUID and ATEN_CPU_CAPABILITY.
+VARIANTS = {"AVX512": "_cpu_avx512", "AVX2": "_cpu_avx2", "DEFAULT": "_cpu_default"}
+
+Loaded = tuple[ModuleType | None, str]
+
+
+def _load(name: str) -> Loaded:
+    try:
+        return importlib.import_module(f"gdl_kernels.{name}"), ""
+    except ModuleNotFoundError:
+        return None, f"gdl_kernels.{name} was not built when the package was installed (python -m gdl_kernels info)"
+    except ImportError as error:
+        return None, f"gdl_kernels.{name} does not load: {error}"
+
+
+@functools.cache
+def cpu() -> Loaded:
+    """The C++ kernels for this CPU, or None and the reason."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return _load(VARIANTS.get(capability, "_cpu_default"))
+
+
+@functools.cache
+def cuda() -> Loaded:
+    """The CUDA C++ kernels, or None and the reason."""
+    return _load("_cuda")
+
+
+@functools.cache
+def triton() -> str:
+    """Why Triton kernels can't run here; empty if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'gdl_kernels[triton]')"
+    if not torch.cuda.is_available() and not interpreting():
+        return "no CUDA GPU is visible, and TRITON_INTERPRET=1 is not set"
+    return ""
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def missing(backend: str) -> list[str]:
+    """Why a backend is missing from this machine; empty if it is there."""
+    if backend == "cpu":
+        reason = cpu()[1]
+    elif backend == "cuda":
+        reason = cuda()[1] or ("" if torch.cuda.is_available() else "no CUDA GPU is visible")
+    elif backend == "triton":
+        reason = triton()
+    else:
+        reason = ""
+    return [reason] if reason else []
+
+
+def cpu_module() -> ModuleType:
+    module, reason = cpu()
+    if module is None:
+        raise RuntimeError(reason)
+    return module
+
+
+def cuda_module() -> ModuleType:
+    module, reason = cuda()
+    if module is None:
+        raise RuntimeError(reason)
+    return module

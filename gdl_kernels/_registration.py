@@ -1,0 +1,53 @@
+"""Registers ops with torch: schema, fake, kernels and autograd, each said once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("gdl_kernels", "DEF")
+
+#: ``outputs(*args)``: the op's empty outputs, on the device and with the strides that the kernels fill.
+Outputs = Callable[..., Tensor | tuple[Tensor, ...]]
+#: ``kernel(outputs, *args)``: fills the outputs.
+Kernel = Callable[..., None]
+
+
+def register(
+    name: str,
+    schema: str,
+    *,
+    outputs: Outputs,
+    kernels: Mapping[str, Kernel],
+    save: Callable[..., None] | None = None,
+    gradient: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Define one op, ``torch.ops.gdl_kernels.<name>``, whose last argument is the backend's name.
+
+    Args:
+        schema: ``"(Tensor x, ..., str backend) -> Tensor"``.
+        outputs: allocates the outputs. The fake is this function too, so shapes are written once.
+        kernels: by backend, the launcher that fills the outputs.
+        save: ``save(ctx, inputs, output)``, as torch's ``setup_context``.
+        gradient: ``gradient(ctx, *output gradients)``: a gradient for each input. Calls a registered op itself, so
+            that it can be differentiated in turn.
+
+    Returns:
+        The op, to be called with positional arguments.
+    """
+    _library.define(f"{name}{schema}")
+
+    def implementation(*args: Any) -> Tensor | tuple[Tensor, ...]:
+        out = outputs(*args)
+        kernels[args[-1]](out, *args)
+        return out
+
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    qualified = f"gdl_kernels::{name}"
+    torch.library.register_fake(qualified, outputs, lib=_library)
+    if gradient is not None:
+        torch.library.register_autograd(qualified, gradient, setup_context=save, lib=_library)
+    return getattr(torch.ops.gdl_kernels, name).default

@@ -1,0 +1,142 @@
+"""Block-sparse attention."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from ...layouts import Layout
+from . import op, reference
+
+
+@overload
+def sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = ...,
+    key_padding_mask: Tensor | None = ..., query_start: int = ..., return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def sparse_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = ...,
+    key_padding_mask: Tensor | None = ..., query_start: int = ..., return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    *,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    query_start: int = 0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over the pairs that a layout keeps (Sparse Transformer, arXiv 1904.10509).
+
+    ``out[b, h, i] = sum_j p[i, j] value[b, h', j]`` with ``p[i, :] = softmax_j(scale * <query[b, h, i], key[b, h', j]>)``
+    over the keys ``j`` that row ``query_start + i`` of the layout keeps, and ``h' = h // (H // Hkv)``.
+    Time and memory grow with the blocks that the layout keeps, not with ``Nq * Nk``.
+
+    Args:
+        query: ``(B, H, Nq, D)``, any strides.
+        key: ``(B, Hkv, Nk, D)``; ``Hkv`` divides ``H``.
+        value: ``(B, Hkv, Nk, Dv)``.
+        layout: rows ``query_start`` to ``query_start + Nq - 1`` are used. ``layout.n_k`` is ``Nk``; a causal layout may be
+            longer, so that one layout serves a growing cache.
+        scale: default ``1 / sqrt(D)``.
+        key_padding_mask: bool ``(B, Nk)``, True for keys that no query may see.
+        query_start: position of the first query; decoding with a cache has ``Nq = 1`` and ``query_start = Nk - 1``.
+        return_lse: also return ``lse``, the logarithm of each row's softmax denominator.
+        backend: overrides the backend of this call.
+
+    Returns:
+        ``(B, H, Nq, Dv)`` in the dtype of ``query``, and with ``return_lse`` also ``(B, H, Nq)`` in float32 (float64 for
+        float64). A row that keeps nothing gives 0, zero gradients and ``lse = -inf``. Accumulates in float32, in float64 for float64.
+        Differentiable twice in ``query``, ``key`` and ``value``, through ``lse`` too; the second derivative of the
+        compiled backends is the reference's, in O(Nq * Nk) memory.
+
+    Raises:
+        ValueError: if shapes, head counts, lengths or devices do not fit each other or the layout.
+        TypeError: if dtypes differ or are not floating point.
+        RuntimeError: if ``backend`` was given and can't serve the call.
+    """
+    device = query.device
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    _check(query, key, value, layout, key_padding_mask, query_start)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    chosen = op.choices.pick(
+        device, backend, query, key, value, layout,
+        scale=scale, key_padding_mask=key_padding_mask, query_start=query_start, return_lse=return_lse,
+    )  # fmt: skip
+    if chosen == "reference":
+        mask = layout.dense_mask()[:, query_start : query_start + query.shape[2], : key.shape[2]]
+        out, lse = reference.sparse_attention(query, key, value, mask, scale, key_padding_mask)
+    else:
+        out, lse = op.forward(
+            query, key, value, key_padding_mask, layout.tensors(),
+            [layout.n_q, layout.n_k, layout.block_size], scale, query_start, chosen,
+        )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, key_padding_mask: Tensor | None, query_start: int
+) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be (batch, heads, positions, features), got shape {tuple(tensor.shape)}")
+        if tensor.dtype not in op.DTYPES:
+            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout must be a gdl_kernels.layouts.Layout, got {type(layout).__name__}")
+    batch, heads, n_q, head_dim = query.shape
+    kv_heads, n_k = key.shape[1:3]
+    if key.shape[0] != batch or value.shape[0] != batch:
+        raise ValueError(f"key and value must have the batch size of query, {batch}, got {key.shape[0]} and {value.shape[0]}")
+    if value.shape[1] != kv_heads or value.shape[2] != n_k:
+        raise ValueError(
+            f"value must have the heads and positions of key, {(kv_heads, n_k)}, got {(value.shape[1], value.shape[2])}"
+        )
+    if key.shape[3] != head_dim:
+        raise ValueError(f"key must have the features of query, {head_dim}, got {key.shape[3]}")
+    if head_dim == 0 or value.shape[3] == 0:
+        raise ValueError("query, key and value must have at least one feature, got 0")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"the heads of key, {kv_heads}, must divide the heads of query, {heads}")
+    if layout.heads not in (1, heads):
+        raise ValueError(f"layout must have 1 head or as many as query, {heads}, got {layout.heads}")
+    if layout.device != query.device:
+        raise ValueError(f"layout must be on the device of query, {query.device}, got {layout.device}; use layout.to(...)")
+    if query_start < 0 or query_start + n_q > layout.n_q:
+        raise ValueError(
+            f"layout has queries 0 to {layout.n_q - 1}, but query_start={query_start} with {n_q} queries asks for "
+            f"{query_start} to {query_start + n_q - 1}"
+        )
+    if n_k != layout.n_k:
+        if not layout.causal:
+            raise ValueError(f"layout is for {layout.n_k} keys, got {n_k}")
+        if not query_start + n_q <= n_k <= layout.n_k:
+            raise ValueError(
+                f"a causal layout of {layout.n_k} keys, asked for queries up to {query_start + n_q - 1}, needs between "
+                f"{query_start + n_q} and {layout.n_k} keys, got {n_k}"
+            )
+    if key_padding_mask is not None:
+        if key_padding_mask.dtype != torch.bool:
+            raise TypeError(f"key_padding_mask must be bool, True for keys to leave out, got {key_padding_mask.dtype}")
+        if key_padding_mask.shape != (batch, n_k):
+            raise ValueError(f"key_padding_mask must be {(batch, n_k)}, got {tuple(key_padding_mask.shape)}")
+        if key_padding_mask.device != query.device:
+            raise ValueError(f"key_padding_mask must be on {query.device}, got {key_padding_mask.device}")

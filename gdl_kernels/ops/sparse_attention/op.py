@@ -1,0 +1,132 @@
+"""Block-sparse attention as torch knows it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _backends, _native
+from ..._registration import register
+from ...layouts import BlockLists, Layout
+from . import reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+#: The largest head that the kernels tile.
+MAX_HEAD_DIM = 256
+
+
+def _cpu_reasons(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **_: Any) -> list[str]:
+    reasons = _native.missing("cpu")
+    if query.device.type != "cpu":
+        reasons.append(f"query is on {query.device}")
+    return reasons
+
+
+def _triton_reasons(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **_: Any) -> list[str]:
+    reasons = _native.missing("triton")
+    if query.device.type != "cuda" and not (_native.interpreting() and query.device.type == "cpu"):
+        reasons.append(f"query is on {query.device}")
+    if query.dtype == torch.float64:
+        reasons.append("query is float64")
+    if max(query.shape[-1], value.shape[-1]) > MAX_HEAD_DIM:
+        reasons.append(f"a head has more than {MAX_HEAD_DIM} features")
+    return reasons
+
+
+choices = _backends.add_op("sparse_attention", {"cpu": _cpu_reasons, "triton": _triton_reasons})
+
+
+def _outputs(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, heads, n_q, _head_dim = query.shape
+    # (B, H, N, D) in memory as (B, N, H, D): the output projection that follows then needs no copy.
+    out = query.new_empty(batch, n_q, heads, value.shape[-1]).transpose(1, 2)
+    return out, query.new_empty(batch, heads, n_q, dtype=torch.promote_types(query.dtype, torch.float32))
+
+
+def _gradients(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _launcher(backend: str, name: str) -> Any:
+    """Calls ``<backend>.<name>`` beside this file, which is imported at the first call."""
+
+    def launch(*args: Any) -> None:
+        getattr(importlib.import_module(f".{backend}", __package__), name)(*args)
+
+    return launch
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, key_padding_mask, layout, *rest = inputs
+    ctx.save_for_backward(query, key, value, *output, key_padding_mask, *layout)
+    ctx.rest = rest
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    query, key, value, out, lse, key_padding_mask, *layout = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    grads = backward(grad_out, grad_lse, query, key, value, out, lse, key_padding_mask, layout, *ctx.rest)
+    return *grads, None, None, None, None, None, None
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad_out, grad_lse, query, key, value, _out, _lse, key_padding_mask, layout, sizes, scale, query_start, _ = inputs
+    ctx.save_for_backward(grad_out, grad_lse, query, key, value, key_padding_mask, *layout)
+    ctx.rest = sizes, scale, query_start
+
+
+def _gradient_of_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    """Differentiate the reference twice. ``out`` and ``lse`` are recomputed in it, so they get no gradient of their own."""
+    grad_out, grad_lse, query, key, value, key_padding_mask, *tensors = ctx.saved_tensors
+    sizes, scale, query_start = ctx.rest
+    mask = layout_of(tensors, sizes).dense_mask()[:, query_start : query_start + query.shape[2], : key.shape[2]]
+    with torch.enable_grad():
+        inputs = [t.detach().requires_grad_() for t in (query, key, value)]
+        out, lse = reference.sparse_attention(*inputs, mask, scale, key_padding_mask)
+        outputs, cotangents = [out], [grad_out.detach().requires_grad_()]
+        if grad_lse is not None:
+            outputs.append(lse)
+            cotangents.append(grad_lse.detach().requires_grad_())
+        first = torch.autograd.grad(outputs, inputs, cotangents, create_graph=True)
+        wanted = [*cotangents, *inputs]
+        second = list(torch.autograd.grad(first, wanted, grads, allow_unused=True))
+    if grad_lse is None:
+        second.insert(1, None)
+    return *second, None, None, None, None, None, None, None, None
+
+
+def layout_of(tensors: list[Tensor], sizes: list[int]) -> Layout:
+    """The layout whose tensors and ``[n_q, n_k, block_size]`` an op was given."""
+    n_q, n_k, block_size = sizes
+    rows, columns = BlockLists(*tensors[:4]), BlockLists(*tensors[4:8])
+    return Layout(n_q, n_k, block_size, rows.splits.shape[0], False, rows, columns, *tensors[8:])
+
+
+_CALL = "Tensor? key_padding_mask, Tensor[] layout, int[] sizes, float scale, int query_start, str backend"
+
+backward = register(
+    "sparse_attention_backward",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    f"{_CALL}) -> (Tensor, Tensor, Tensor)",
+    outputs=_gradients,
+    kernels={name: _launcher(name, "backward") for name in ("cpu", "triton")},
+    save=_save_backward,
+    gradient=_gradient_of_backward,
+)
+
+forward = register(
+    "sparse_attention",
+    f"(Tensor query, Tensor key, Tensor value, {_CALL}) -> (Tensor, Tensor)",
+    outputs=_outputs,
+    kernels={name: _launcher(name, "forward") for name in ("cpu", "triton")},
+    save=_save,
+    gradient=_gradient,
+)
