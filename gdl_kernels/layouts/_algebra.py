@@ -111,7 +111,10 @@ def _unordered(layout: Layout, grid: Grid, head: int) -> Iterator[Stripe]:
     """One head's blocks of positions, some block rows at a time."""
     order = layout.order[head if len(layout.order) > 1 else 0].long()
     if torch.equal(order, grid.arange(layout.n_q)):
-        yield Stripe(*_blocks(layout, grid, slice(head * grid.q_blocks, (head + 1) * grid.q_blocks)), layout.mask_table)
+        line, column, mask = _blocks(layout, grid, slice(head * grid.q_blocks, (head + 1) * grid.q_blocks))
+        partial = mask >= 0
+        used, mask[partial] = torch.unique(mask[partial], return_inverse=True)
+        yield Stripe(line, column, mask, layout.mask_table[used])
         return
     size, lists = grid.block_size, layout.rows
     table = torch.cat([layout.mask_table, _full_mask(grid)])  # -1 is a full block

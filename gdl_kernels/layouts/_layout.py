@@ -53,9 +53,9 @@ class Layout:
         rows: kept block columns of each block row, for the forward pass and the gradient of the queries.
         columns: kept block rows of each block column, for the gradients of keys and values.
         mask_table: int32 ``(masks, block_size, ceil(block_size / 32))``. Bit ``j % 32`` of word ``[m, i, j // 32]``
-            says whether row ``i`` of a partial block with mask ``m`` keeps column ``j``. Distinct masks are stored once.
-            Keys past ``n_k`` are never kept, so a block of the last columns is partial unless ``n_k`` fills it. Rows
-            past ``n_q`` do not exist: their bits mean nothing, and a kernel never reads them.
+            says whether row ``i`` of a partial block with mask ``m`` keeps column ``j``. Distinct masks are stored
+            once. Keys past ``n_k`` are never kept, so a block of the last columns is partial unless ``n_k`` fills it.
+            Rows past ``n_q`` do not exist: their bits mean nothing, and a kernel never reads them.
         order: int32 ``(heads, n)`` or ``(1, n)``: blocks are blocks of *places*, and place ``p`` of head ``h`` holds
             query and key ``order[h, p]``. Empty, ``(0, 0)``, when places are positions.
     """

@@ -45,6 +45,7 @@ def plot(layout: Layout, path: str | Path | None) -> Figure:
     try:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ImportError("Layout.plot needs matplotlib: pip install 'gdl_kernels[plot]'") from error
 
@@ -68,6 +69,8 @@ def plot(layout: Layout, path: str | Path | None) -> Figure:
         axis.imshow(colour.numpy(), extent=extent, interpolation="nearest")
         axis.set_xlim(0, layout.n_k)
         axis.set_ylim(layout.n_q, 0)
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         axis.set_xlabel(f"key{place}")
         axis.set_ylabel(f"query{place}")
         if layout.heads > 1:
@@ -80,9 +83,9 @@ def plot(layout: Layout, path: str | Path | None) -> Figure:
     figure.suptitle(f"{layout.density:.2%} of pairs kept, {cell}", fontsize="medium")
     figure.legend(
         handles=[
-            Patch(facecolor=_FULL, label="full"),
-            Patch(facecolor=_PARTIAL_LOW, label="partial, few kept"),
-            Patch(facecolor=_PARTIAL_HIGH, label="partial, most kept"),
+            Patch(facecolor=_FULL, label="all pairs kept"),
+            Patch(facecolor=_PARTIAL_LOW, label="few kept"),
+            Patch(facecolor=_PARTIAL_HIGH, label="most kept"),
         ],
         loc="outside lower center",
         ncols=3,
