@@ -6,7 +6,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check --quiet
+PIP := $(PY) -m pip --disable-pip-version-check -qq
 
 TORCH := torch==2.13.0
 TRITON := triton==3.7.0
@@ -55,10 +55,10 @@ $(VENV)/created:
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-# Short of retries, for an index that can't be reached would otherwise cost minutes.
+# Short of retries, for an index that can't be reached would otherwise cost minutes. Torch's dependencies come later.
 $(VENV)/torch: $(VENV)/created Makefile
 	$(say) "Installing $(TORCH)"
-	@$(PIP) install --retries 1 --timeout 60 $(TORCH_INDEX) $(TORCH)
+	@$(PIP) install --no-deps --retries 1 --timeout 60 $(TORCH_INDEX) $(TORCH)
 	@$(PIP) install 'setuptools>=77' wheel 'pybind11>=2.13'
 	@touch $@
 

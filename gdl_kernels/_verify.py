@@ -121,7 +121,7 @@ def _run(
     outputs = function(*args, **kwargs, backend=backend)
     outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
     differentiable = [output for output in outputs if output.requires_grad]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + 1)  # not the inputs again
     cotangents = [
         torch.randn(output.shape, generator=generator).to(rounded).to(device, output.dtype) for output in differentiable
     ]
