@@ -155,9 +155,10 @@ def job_count() -> int:
 
 
 def cpu_steps(module: str, cxx: list[str], includes: list[str]) -> list[Step]:
-    flags = [*CXX_FLAGS, *CPU_FLAGS[module], f"-DGDL_MODULE={module}", *includes]
-    files = sources("bindings_module.cpp", "bindings_cpu_*.cpp", "cpu/*.cpp")
-    steps = [compile_step(module, [*cxx, *flags], file) for file in files]
+    flags = [*CXX_FLAGS, *CPU_FLAGS[module], "-Icsrc"]
+    steps = [compile_step(module, [*cxx, *flags], file) for file in sources("cpu/*.cpp")]
+    for file in sources("bindings_module.cpp", "bindings_cpu_*.cpp"):
+        steps.append(compile_step(module, [*cxx, *flags, f"-DGDL_MODULE={module}", *includes], file))
     return [*steps, link_step(module, [*cxx, "-shared", "-fopenmp"], steps, [])]
 
 
@@ -169,7 +170,7 @@ def cuda_steps(home: Path, cxx: list[str], includes: list[str]) -> list[Step]:
     host = next(word for word in reversed(cxx) if not word.startswith("-"))  # CXX may be "ccache g++ -m64"
     device = [nvcc, "-ccbin", host, *NVCC_FLAGS, *gencode, "-Icsrc"]
     steps = [compile_step("_cuda", device, file) for file in sources("cuda/*.cu")]
-    flags = [*CXX_FLAGS, "-DGDL_MODULE=_cuda", *includes, "-isystem", str(home / "include")]
+    flags = [*CXX_FLAGS, "-DGDL_MODULE=_cuda", "-Icsrc", *includes, "-isystem", str(home / "include")]
     for file in sources("bindings_module.cpp", "bindings_cuda_*.cpp"):
         steps.append(compile_step("_cuda", [*cxx, *flags], file))
     # The static runtime leaves nothing to find at import; it shares torch's contexts and streams through the driver.
@@ -283,7 +284,7 @@ class NativeBuild(build_ext):
         home = decide_cuda(torch) if module == "_cuda" else None
         cxx = find_cxx()
         tools["c++"] = told(*cxx, "--version").splitlines()[0]
-        includes = ["-Icsrc", "-isystem", sysconfig.get_path("include"), "-isystem", str(find_pybind11(torch))]
+        includes = ["-isystem", sysconfig.get_path("include"), "-isystem", str(find_pybind11(torch))]
         if home is None:
             return cpu_steps(module, cxx, includes)
         tools["nvcc"] = told(str(home / "bin/nvcc"), "--version").splitlines()[-1]

@@ -91,4 +91,5 @@ def verify(
         raise typer.Exit(1)
 
 
-app(prog_name="python -m gdl_kernels")
+if __name__ == "__main__":
+    app(prog_name="python -m gdl_kernels")
