@@ -1,7 +1,7 @@
 """Image tensors as the kernels read them: (N, C, pixels), in lines of numbers next to each other in memory.
 
-A line is the pixels of a channel, or with channels last the channels of a pixel. Every slice and view with such lines is
-read where it is.
+A line is the pixels of a channel, or with channels last the channels of a pixel. Every slice and view with such lines
+is read where it is.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def lines(x: Tensor, last: bool) -> Lines:
             return Lines(x, x.stride(0), pixel)
         if not last and (pixel == 1 or math.prod(x.shape[2:]) == 1):
             return Lines(x, x.stride(0), x.stride(1))
-    n, channels, pixels = shape(x)
+    _, channels, pixels = shape(x)
     if last:
         return Lines(x.movedim(1, -1).contiguous().movedim(-1, 1), pixels * channels, channels)
     return Lines(x.contiguous(), channels * pixels, pixels)

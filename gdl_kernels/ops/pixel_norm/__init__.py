@@ -20,8 +20,8 @@ def pixel_norm(x: Tensor, *, eps: float = 1e-8, backend: str | None = None) -> T
         backend: overrides the backend of this call.
 
     Returns:
-        A tensor like ``x``, contiguous or, where ``x`` is, channels last. Autocast leaves its dtype alone. Accumulates in
-        float32, in float64 for float64. Differentiable any number of times; ``torch.compile`` allows once.
+        A tensor like ``x``, contiguous or, where ``x`` is, channels last. Autocast leaves its dtype alone.
+        Accumulates in float32, in float64 for float64. Differentiable any number of times, once under ``torch.compile``.
 
     Raises:
         ValueError: if ``x`` has fewer than two dimensions, or ``eps`` is not positive and finite.

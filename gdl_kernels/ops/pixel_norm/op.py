@@ -57,7 +57,7 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient_of_backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
-    """The gradient of <v, r g - r^3 x mean_c(g x)>. It is symmetric in v and g, so backward is its own transpose in g."""
+    """The gradient of <v, r g - r^3 x mean_c(g x)>, which is symmetric in v and g: in g, backward transposes itself."""
     g, x = ctx.saved_tensors
     grad_g = backward(v, x, ctx.eps, ctx.backend) if ctx.needs_input_grad[0] else None
     grad_x = None
