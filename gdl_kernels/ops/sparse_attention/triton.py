@@ -113,29 +113,65 @@ def _list_bounds(starts, splits, line, BLOCK: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def _list_tile(blocks, masks, first, last, tile, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    # Places of a tile's lanes, each lane's index in its block, and its block's mask: -1 full, -2 past the list.
+def _list_tile(blocks, first, last, tile, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    # Places of a tile's lanes, INT_MAX past the end of the list, and each lane's index in its block.
     lane = tl.arange(0, STEP)
     if STEP <= BLOCK:
-        item = first + tile // (BLOCK // STEP)
         inner = (tile % (BLOCK // STEP)) * STEP + lane
-        places = tl.load(blocks + item) * BLOCK + inner
-        mask = tl.load(masks + item) + tl.zeros([STEP], tl.int32)
+        places = tl.load(blocks + first + tile // (BLOCK // STEP)) * BLOCK + inner
     else:
-        item = first + tile * (STEP // BLOCK) + lane // BLOCK
         inner = lane % BLOCK
+        item = first + tile * (STEP // BLOCK) + lane // BLOCK
         places = tl.load(blocks + item, mask=item < last, other=0) * BLOCK + inner
-        mask = tl.load(masks + item, mask=item < last, other=-2)
-    return places, inner, mask
+        places = tl.where(item < last, places, 2147483647)
+    return places, inner
+
+
+# A packed word of the mask table covers 32 columns of a row. Both functions below load a word once for each row and let
+# every lane of the tile pick its bit: no pointer for each element of the tile, which would cost more than the scores.
+# A full block that fills no whole tile has mask -1, all ones.
 
 
 @triton.jit
-def _kept(table, mask, row, column, BLOCK: tl.constexpr):
-    # Whether blocks of the given masks keep (row, column); the three broadcast against each other.
+def _kept_keys(table, masks, first, last, tile, row, column, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    # Bits [rows, STEP] of a tile whose lanes are columns; ``row`` and ``column`` are indices in the block.
     WORDS: tl.constexpr = (BLOCK + 31) // 32
-    offset = mask.to(tl.int64) * (BLOCK * WORDS) + row * WORDS + (column >> 5)
-    word = tl.load(table + offset, mask=mask >= 0, other=-1)
-    return (((word >> (column & 31)) & 1) != 0) & (mask > -2)
+    SEGMENT: tl.constexpr = min(BLOCK, STEP, 32)  # lanes that read one word
+    lane = tl.arange(0, STEP)
+    word = tl.zeros([row.shape[0], STEP], tl.int32)
+    for segment in tl.static_range(STEP // SEGMENT):
+        if STEP <= BLOCK:
+            item = first + tile // (BLOCK // STEP)
+            index = ((tile % (BLOCK // STEP)) * STEP + segment * SEGMENT) // 32
+        else:
+            item = first + tile * (STEP // BLOCK) + segment * SEGMENT // BLOCK
+            index = segment * SEGMENT % BLOCK // 32
+        mask = tl.load(masks + item, mask=item < last, other=-1).to(tl.int64)
+        bits = tl.load(table + mask * (BLOCK * WORDS) + index + row * WORDS, mask=mask >= 0, other=-1)
+        word = tl.where((lane // SEGMENT == segment)[None, :], bits[:, None], word)
+    return ((word >> (column & 31)[None, :]) & 1) != 0
+
+
+@triton.jit
+def _kept_queries(
+    table, masks, first, last, tile, row, own_start, OWN: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr
+):
+    # Bits [OWN, STEP] of a tile whose lanes are rows, for the OWN columns from ``own_start`` in the block on.
+    WORDS: tl.constexpr = (BLOCK + 31) // 32
+    SEGMENT: tl.constexpr = min(OWN, 32)  # columns in one word
+    lane = tl.arange(0, STEP)
+    if STEP <= BLOCK:
+        item = first + tile // (BLOCK // STEP) + lane * 0
+    else:
+        item = first + tile * (STEP // BLOCK) + lane // BLOCK
+    mask = tl.load(masks + item, mask=item < last, other=-1).to(tl.int64)
+    column = tl.arange(0, OWN)
+    word = tl.zeros([OWN, STEP], tl.int32)
+    for segment in tl.static_range(OWN // SEGMENT):
+        index = (own_start + segment * SEGMENT) // 32
+        bits = tl.load(table + mask * (BLOCK * WORDS) + index + row * WORDS, mask=mask >= 0, other=-1)
+        word = tl.where((column // SEGMENT == segment)[:, None], bits[None, :], word)
+    return ((word >> ((own_start + column) & 31)[:, None]) & 1) != 0
 
 
 @triton.jit
@@ -147,15 +183,15 @@ def _forward_tiles(
 ):  # fmt: skip
     LOAD_MASKED: tl.constexpr = MASKED or padding is not None
     for tile in range(0, n_tiles):
-        places, inner, mask = _list_tile(blocks, masks, first, last, tile, BLOCK, STEP)
+        places, inner = _list_tile(blocks, first, last, tile, BLOCK, STEP)
         positions = _positions(order, places, n_places)
-        inside = (positions < n_k) & (mask > -2)  # [STEP]
+        inside = positions < n_k  # [STEP]
         if padding is not None:
             inside &= tl.load(padding + positions.to(tl.int64) * padding_stride, mask=inside, other=1) == 0
         k = _load_rows(key, positions, inside, k_strides, D, BLOCK_D, LOAD_MASKED)
         scores = tl.dot(q, tl.trans(k.to(DOT)), input_precision="ieee") * scale_log2  # [OWN, STEP]
         if MASKED:
-            kept = _kept(table, mask[None, :], row_inner[:, None], inner[None, :], BLOCK) & inside[None, :]
+            kept = _kept_keys(table, masks, first, last, tile, row_inner, inner, BLOCK, STEP) & inside[None, :]
             scores = tl.where(kept, scores, float("-inf"))
         elif LOAD_MASKED:
             scores = tl.where(inside[None, :], scores, float("-inf"))
@@ -259,9 +295,9 @@ def _grad_query_tiles(
 ):  # fmt: skip
     LOAD_MASKED: tl.constexpr = MASKED or padding is not None
     for tile in range(0, n_tiles):
-        places, inner, mask = _list_tile(blocks, masks, first, last, tile, BLOCK, STEP)
+        places, inner = _list_tile(blocks, first, last, tile, BLOCK, STEP)
         positions = _positions(order, places, n_places)
-        inside = (positions < n_k) & (mask > -2)  # [STEP]
+        inside = positions < n_k  # [STEP]
         if padding is not None:
             inside &= tl.load(padding + positions.to(tl.int64) * padding_stride, mask=inside, other=1) == 0
         k = _load_rows(key, positions, inside, k_strides, D, BLOCK_D, LOAD_MASKED).to(DOT)
@@ -269,7 +305,7 @@ def _grad_query_tiles(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [OWN, STEP]
         weights = tl.exp2(scores - row_lse[:, None])
         if MASKED:
-            kept = _kept(table, mask[None, :], row_inner[:, None], inner[None, :], BLOCK) & inside[None, :]
+            kept = _kept_keys(table, masks, first, last, tile, row_inner, inner, BLOCK, STEP) & inside[None, :]
             weights = tl.where(kept, weights, 0.0)
         elif LOAD_MASKED:
             weights = tl.where(inside[None, :], weights, 0.0)
@@ -330,15 +366,15 @@ def _grad_query(
 
 @triton.jit
 def _grad_key_value_tiles(
-    grad_k, grad_v, k, v, column_inner, query, grad_out, delta, lse_log2, order, blocks, masks, table, first, last,
+    grad_k, grad_v, k, v, own_start, query, grad_out, delta, lse_log2, order, blocks, masks, table, first, last,
     n_tiles, q_strides, grad_strides, n_q, query_start, n_places, scale_log2,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, DOT: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, DOT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     for tile in range(0, n_tiles):
-        places, inner, mask = _list_tile(blocks, masks, first, last, tile, BLOCK, STEP)
+        places, inner = _list_tile(blocks, first, last, tile, BLOCK, STEP)
         rows = _positions(order, places, n_places) - query_start
-        inside = (rows >= 0) & (rows < n_q) & (mask > -2)  # [STEP]
+        inside = (rows >= 0) & (rows < n_q)  # [STEP]
         q = _load_rows(query, rows, inside, q_strides, D, BLOCK_D, True).to(DOT)
         g = _load_rows(grad_out, rows, inside, grad_strides, DV, BLOCK_DV, True).to(DOT)
         row_lse = tl.load(lse_log2 + rows, mask=inside, other=float("inf"))  # weight 0 for rows outside
@@ -346,7 +382,7 @@ def _grad_key_value_tiles(
         scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2  # [OWN, STEP], keys by queries
         weights = tl.exp2(scores - row_lse[None, :])
         if MASKED:
-            kept = _kept(table, mask[None, :], inner[None, :], column_inner[:, None], BLOCK)
+            kept = _kept_queries(table, masks, first, last, tile, inner, own_start, OWN, BLOCK, STEP)
             weights = tl.where(kept, weights, 0.0)
         grad_v = tl.dot(weights.to(DOT), g, grad_v, input_precision="ieee")
         grad_weights = tl.dot(v, tl.trans(g), input_precision="ieee")
@@ -396,16 +432,16 @@ def _grad_key_value(
         line = head * layout_step * n_lines + own // (BLOCK // OWN)
         first, full_tiles, rest, rest_tiles, last = _list_bounds(starts, splits, line, BLOCK, STEP)
         grad_k, grad_v = _grad_key_value_tiles(
-            grad_k, grad_v, k, v, places % BLOCK, query + head * q_strides[1], grad_out + head * grad_strides[1],
+            grad_k, grad_v, k, v, own * OWN % BLOCK, query + head * q_strides[1], grad_out + head * grad_strides[1],
             delta + row, lse_log2 + row, order, blocks, masks, table, first, last,
             full_tiles, q_strides, grad_strides, n_q, query_start, n_places, scale_log2,
-            D, DV, BLOCK, STEP, BLOCK_D, BLOCK_DV, DOT, False,
+            D, DV, BLOCK, OWN, STEP, BLOCK_D, BLOCK_DV, DOT, False,
         )  # fmt: skip
         grad_k, grad_v = _grad_key_value_tiles(
-            grad_k, grad_v, k, v, places % BLOCK, query + head * q_strides[1], grad_out + head * grad_strides[1],
+            grad_k, grad_v, k, v, own * OWN % BLOCK, query + head * q_strides[1], grad_out + head * grad_strides[1],
             delta + row, lse_log2 + row, order, blocks, masks, table, rest, last,
             rest_tiles, q_strides, grad_strides, n_q, query_start, n_places, scale_log2,
-            D, DV, BLOCK, STEP, BLOCK_D, BLOCK_DV, DOT, True,
+            D, DV, BLOCK, OWN, STEP, BLOCK_D, BLOCK_DV, DOT, True,
         )  # fmt: skip
     # A key that no query may see has been treated as one of zeros; its own gradients are 0.
     grad_k = tl.where(seen[:, None], grad_k * scale, 0.0)
