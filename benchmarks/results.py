@@ -74,10 +74,14 @@ class Result:
     def speed_up(self, over: Row | None) -> float | None:
         """How many times as fast as ``over`` ours is."""
         ours = self.ours
-        return _ratio(over.median_ms, ours.median_ms) if over and ours else None
+        return _median_ratio(over.samples_ms, ours.samples_ms) if over and ours else None
 
     def share_of_ceiling(self, row: Row | None) -> float | None:
-        return _ratio(row.flops_per_s, self.ceiling.flops_per_s) if row else None
+        """The rate of ``row`` as a share of the ceiling's."""
+        if row is None:
+            return None
+        ratio = _median_ratio(self.ceiling.samples_ms, row.samples_ms)
+        return None if ratio is None else ratio * row.flops / self.ceiling.flops
 
 
 @dataclass(frozen=True)
@@ -113,5 +117,10 @@ def curve(results: Sequence[Result], name: str) -> list[tuple[int, Result]]:
     )
 
 
-def _ratio(numerator: float | None, denominator: float | None) -> float | None:
-    return numerator / denominator if numerator and denominator else None
+def _median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float | None:
+    """Of the ratios within each round: what slows the machine for a while slows both turns of a round.
+
+    The last samples are of the same round; a fast call has none of the first round.
+    """
+    ratios = [a / b for a, b in zip(reversed(numerators), reversed(denominators))]
+    return statistics.median(ratios) if ratios else None

@@ -30,13 +30,14 @@ GROWTH = "local"
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """All of it takes some minutes; quick is what the bars ask about, at one block size."""
     block_sizes = (64,) if quick else (64, 128)
     for block_size in block_sizes:
         for dtype in (torch.float32, torch.bfloat16):
-            yield _case(device, dtype, block_size, training=False)
+            yield _case(device, dtype, block_size, training=False, quick=quick)
     for block_size in block_sizes:
         for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
-            yield _case(device, dtype, block_size, training=True)
+            yield _case(device, dtype, block_size, training=True, quick=quick)
     for positions in (4096, 8192, 16_384) if quick else (4096, 8192, 16_384, 32_768):
         yield _growth_case(device, positions)
 
@@ -59,7 +60,7 @@ def bars(results: Sequence[Result]) -> list[Bar]:
     return [*asked, Bar("forward, local: memory grows as positions to the power", 1.1, memory, "", at_most=True)]
 
 
-def _case(device: torch.device, dtype: torch.dtype, block_size: int, *, training: bool) -> Case:
+def _case(device: torch.device, dtype: torch.dtype, block_size: int, *, training: bool, quick: bool) -> Case:
     keep = local_and_every_fourth_block(WINDOW, block_size)
     kept = _positions(keep, POSITIONS, device)
     layout = layouts.from_mask(kept, block_size=block_size)
@@ -78,16 +79,17 @@ def _case(device: torch.device, dtype: torch.dtype, block_size: int, *, training
     dense = mode(in_chunks(_causal))
     dense_task = Task(dense, dense, products * 2 * pairs * HEAD_DIM * HEADS, _bytes(dtype, training))
 
-    sdpa = functools.partial(F.scaled_dot_product_attention, attn_mask=kept)
-    sdpa_causal = functools.partial(F.scaled_dot_product_attention, is_causal=True)
-    contestants = [
-        Contestant(EAGER, eager),
-        Contestant("SDPA, masked", mode(sdpa)),
-        Contestant("SDPA, dense causal", mode(sdpa_causal), dense_task),
-        _ours(layout, mode),
-    ]
+    sdpa = F.scaled_dot_product_attention
+    contestants = []
+    if training or not quick:
+        contestants.append(Contestant(EAGER, eager))
     if not training or device.type == "cuda":  # on the CPU it has no backward pass
-        contestants.insert(1, Contestant(FLEX, mode(_compiled_flex(keep, block_size, device))))
+        contestants.append(Contestant(FLEX, mode(_compiled_flex(keep, block_size, device))))
+    if not quick:
+        contestants.append(Contestant("SDPA, masked", mode(functools.partial(sdpa, attn_mask=kept))))
+    if not (training and quick):
+        contestants.append(Contestant("SDPA, dense causal", mode(functools.partial(sdpa, is_causal=True)), dense_task))
+    contestants.append(_ours(layout, mode))
     return Case(
         name=f"{'forward+backward' if training else 'forward'}, {_short(dtype)}, blocks of {block_size}",
         shape=f"B1 H{HEADS} n{POSITIONS} d{HEAD_DIM}, local {WINDOW} ∪ every fourth block: "
