@@ -102,8 +102,8 @@ class Vocabulary:
     def encode(self, notes: Iterable[Note]) -> list[int]:
         """Notes to tokens, in time order; at one tick, ends come before beginnings.
 
-        An instrument sounds a pitch once at a time: a note that begins while the same pitch sounds ends the earlier one,
-        and of two that begin together the longer is kept.
+        An instrument sounds a pitch once at a time: a note that begins while the same pitch sounds ends the earlier
+        one, and of two that begin together the longer is kept.
 
         Raises:
             ValueError: if a note has an instrument, pitch, velocity, start or duration that no token can say.
@@ -125,8 +125,9 @@ class Vocabulary:
     def decode(self, tokens: Iterable[int]) -> list[Note]:
         """Tokens to notes, in order of time. Of several pieces on end, the first.
 
-        Any tokens decode, a model's mistakes too: the end of a note that does not sound is passed over, a pitch that is
-        begun again ends first, and what still sounds when the tokens are over ends there. Notes of no length are dropped.
+        Any tokens decode, a model's mistakes too: the end of a note that does not sound is passed over, a pitch that
+        is begun again ends first, and what still sounds when the tokens are over ends there. Notes of no length are
+        dropped.
 
         Raises:
             ValueError: if a token is not in the vocabulary.
