@@ -55,15 +55,20 @@ def interpreting() -> bool:
 
 def missing(backend: str) -> list[str]:
     """Why a backend is missing from this machine; empty if it is there."""
-    if backend == "cpu":
-        reason = cpu()[1]
-    elif backend == "cuda":
-        reason = cuda()[1] or ("" if torch.cuda.is_available() else "no CUDA GPU is visible")
-    elif backend == "triton":
-        reason = triton()
-    else:
-        reason = ""
+    reason = _missing(backend)
     return [reason] if reason else []
+
+
+# What is installed does not change while a process lives, so torch.compile need not look.
+@torch.compiler.assume_constant_result
+def _missing(backend: str) -> str:
+    if backend == "cpu":
+        return cpu()[1]
+    if backend == "cuda":
+        return cuda()[1] or ("" if torch.cuda.is_available() else "no CUDA GPU is visible")
+    if backend == "triton":
+        return triton()
+    return ""
 
 
 def cpu_module() -> ModuleType:

@@ -74,7 +74,7 @@ def _gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     grads = backward(grad_out, grad_lse, query, key, value, out, lse, key_padding_mask, layout, *ctx.rest)
-    return *grads, None, None, None, None, None, None
+    return *grads, None, [None] * len(layout), None, None, None, None
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -100,7 +100,7 @@ def _gradient_of_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         second = list(torch.autograd.grad(first, wanted, grads, allow_unused=True))
     if grad_lse is None:
         second.insert(1, None)
-    return *second, None, None, None, None, None, None, None, None
+    return *second, None, None, None, [None] * len(tensors), None, None, None, None
 
 
 def layout_of(tensors: list[Tensor], sizes: list[int]) -> Layout:

@@ -1,0 +1,239 @@
+// Forward pass of block-sparse attention.
+//
+// One task is one tile of query rows of one head. It walks the row's list of kept blocks, a few tiles of keys at a time, with
+// the running maximum and sum of the online softmax. Queries carry scale * log2(e), so that a probability is one exp2.
+#include "sparse_attention.h"
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "sparse_attention_tiles.h"
+
+namespace gdl {
+namespace {
+
+// Keys whose scores are kept at once. 64 rows of them are 64 KB in float: with the panels they stay in a 1 MB L2.
+constexpr int kKeysAtOnce = 256;
+
+struct RowTile {
+  std::int64_t layout_head, block;
+  int first;  // row of the block
+};
+
+// The tiles that hold a query of this call, those with the longest lists first.
+std::vector<RowTile> row_tiles(const Attention& call, const Geometry& geometry) {
+  std::vector<RowTile> tiles;
+  const std::int64_t heads = std::max(call.layout_heads, call.order_heads);
+  for (std::int64_t head = 0; head < heads; ++head) {
+    std::int64_t first = 0, last = geometry.q_blocks;
+    if (call.order == nullptr) {
+      first = call.query_start / call.block_size;
+      last = call.n_q == 0 ? first : (call.query_start + call.n_q - 1) / call.block_size + 1;
+    }
+    const auto begin = tiles.size();
+    for (std::int64_t block = first; block < last; ++block)
+      for (int t = 0; t < geometry.tiles_per_block; ++t) {
+        const std::int64_t place = block * call.block_size + t * geometry.tile;
+        bool any = false;
+        for (int i = 0; i < geometry.tile && !any; ++i) any = query_at(call, head, place + i) >= 0;
+        if (any) tiles.push_back({head, block, t * geometry.tile});
+      }
+    const std::int64_t line = (call.layout_heads == 1 ? 0 : head) * geometry.q_blocks;
+    std::stable_sort(tiles.begin() + static_cast<std::ptrdiff_t>(begin), tiles.end(),
+                     [&](const RowTile& a, const RowTile& b) {
+                       const auto length = [&](const RowTile& t) {
+                         return call.rows.starts[line + t.block + 1] - call.rows.starts[line + t.block];
+                       };
+                       return length(a) > length(b);
+                     });
+  }
+  return tiles;
+}
+
+// Packed keys and values: for every block that some row of the call keeps, per tile a panel (head_dim, tile) of keys and one
+// (tile, value_dim) of values. Heads share panels unless their orders differ.
+template <typename E>
+struct Panels {
+  using T = accumulator_t<E>;
+
+  Panels(const Attention& call, const Geometry& geometry, const std::vector<RowTile>& tiles, const Strided& key,
+         const Strided& value)
+      : per_query_head(call.order_heads > 1),
+        heads(per_query_head ? call.heads : call.kv_heads),
+        value_dim(padded<T>(call.value_dim)),
+        key_size(call.head_dim * geometry.tile),
+        value_size(static_cast<std::int64_t>(geometry.tile) * value_dim),
+        slot(geometry.k_blocks, -1) {
+    for (const RowTile& t : tiles) {
+      const std::int64_t line = (call.layout_heads == 1 ? 0 : t.layout_head) * geometry.q_blocks + t.block;
+      for (std::int32_t e = call.rows.starts[line]; e < call.rows.starts[line + 1]; ++e) slot[call.rows.blocks[e]] = 0;
+    }
+    std::vector<std::int64_t> blocks;
+    for (std::int64_t c = 0; c < geometry.k_blocks; ++c)
+      if (slot[c] == 0) {
+        slot[c] = static_cast<std::int64_t>(blocks.size());
+        blocks.push_back(c);
+      }
+    count = static_cast<std::int64_t>(blocks.size()) * geometry.tiles_per_block;
+    const std::int64_t panels = call.batch * heads * count;
+    keys = make_buffer<T>(panels * key_size);
+    values = make_buffer<T>(panels * value_size);
+    if (call.key_padding_mask != nullptr) {
+      bias = make_buffer<T>(panels * geometry.tile);
+      biased.resize(panels);
+    }
+    const int head_dim = padded<T>(call.head_dim);
+    parallel_for(
+        call.threads, panels, [&] { return make_buffer<T>(geometry.tile * head_dim); },
+        [&](std::int64_t panel, Buffer<T>& rows) {
+          const std::int64_t head = panel / count % heads, batch = panel / count / heads, kv_head = per_query_head ? head / geometry.group : head;
+          const std::int64_t block = blocks[panel % count / geometry.tiles_per_block];
+          const std::int64_t first = block * call.block_size + panel % geometry.tiles_per_block * geometry.tile;
+          for (int j = 0; j < geometry.tile; ++j) {
+            const std::int64_t position = key_at(call, head, first + j);
+            load_features<E>(key, batch, kv_head, position, call.head_dim, rows.get() + j * head_dim, head_dim);
+            load_features<E>(value, batch, kv_head, position, call.value_dim, values.get() + panel * value_size + j * value_dim, value_dim);
+          }
+          transpose(rows.get(), head_dim, keys.get() + panel * key_size, geometry.tile, geometry.tile, static_cast<int>(call.head_dim));
+          if (bias) biased[panel] = padding_bias(call, batch, head, first, geometry.tile, bias.get() + panel * geometry.tile);
+        });
+  }
+
+  // The first panel of a block, for a query head.
+  std::int64_t of(std::int64_t batch, std::int64_t head, std::int64_t group, std::int64_t block, int tiles_per_block) const {
+    return (batch * heads + (per_query_head ? head : head / group)) * count + slot[block] * tiles_per_block;
+  }
+
+  bool per_query_head;
+  std::int64_t heads;
+  int value_dim;
+  std::int64_t key_size, value_size, count = 0;
+  std::vector<std::int64_t> slot;  // by block column; -1 where no row keeps it
+  Buffer<T> keys, values, bias;
+  std::vector<char> biased;
+};
+
+// One step of the online softmax: scores become exp2(score - maximum), and sums and outputs are brought to the new maximum.
+template <typename T>
+void softmax_step(T* scores, long ld, int rows, int columns, T* maxima, T* sums, T* out, int value_dim) {
+  constexpr T nothing = -std::numeric_limits<T>::infinity();
+  for (int i = 0; i < rows; ++i) {
+    T* row = scores + i * ld;
+    Vec<T> top = load(row);
+    for (int v = kWidth<T>; v < columns; v += kWidth<T>) top = maximum<T>(top, load(row + v));
+    const T largest = reduce_maximum<T>(top);
+    T maximum = largest > maxima[i] ? largest : maxima[i];
+    if (maximum == nothing) {
+      // Nothing is kept so far, unless NaN hid from the comparisons: that has to reach the output.
+      bool nan = false;
+      for (int j = 0; j < columns; ++j) nan |= row[j] != row[j];
+      if (!nan) {
+        std::fill(row, row + columns, T(0));
+        continue;
+      }
+      maximum = 0;
+    }
+    Vec<T> total = {};
+    for (int v = 0; v < columns; v += kWidth<T>) {
+      const Vec<T> p = exp2<T>(load(row + v) - maximum);
+      store<T>(row + v, p);
+      total += p;
+    }
+    if (maximum != maxima[i]) {
+      const T shrink = exp2<T>(broadcast<T>(maxima[i] - maximum))[0];
+      sums[i] *= shrink;
+      for (int v = 0; v < value_dim; v += kWidth<T>) store<T>(out + i * value_dim + v, load(out + i * value_dim + v) * shrink);
+      maxima[i] = maximum;
+    }
+    sums[i] += reduce_sum<T>(total);
+  }
+}
+
+template <typename T>
+struct Scratch {
+  Buffer<T> query, scores, out;
+  T maxima[kMaxTile], sums[kMaxTile];
+};
+
+template <typename E>
+void forward(const Attention& call, const Strided& query, const Strided& key, const Strided& value, const Strided& out,
+             void* lse_data) {
+  using T = accumulator_t<E>;
+  const Geometry geometry(call);
+  const std::vector<RowTile> tiles = row_tiles(call, geometry);
+  const Panels<E> panels(call, geometry, tiles, key, value);
+  const int tile = geometry.tile, head_dim = padded<T>(call.head_dim), value_dim = panels.value_dim;
+  const int at_once = kKeysAtOnce / tile;
+  const T scale = static_cast<T>(call.scale * kLog2E);
+  T* lse = static_cast<T*>(lse_data);
+
+  // Tiles of one head follow each other, so that its panels stay in the caches.
+  const std::int64_t own = std::max(call.layout_heads, call.order_heads) > 1;
+  const std::int64_t tiles_of_batch = own ? static_cast<std::int64_t>(tiles.size()) : call.heads * static_cast<std::int64_t>(tiles.size());
+  const auto scratch = [&] {
+    return Scratch<T>{make_buffer<T>(tile * head_dim), make_buffer<T>(tile * kKeysAtOnce), make_buffer<T>(tile * value_dim), {}, {}};
+  };
+  parallel_for(call.threads, call.batch * tiles_of_batch, scratch, [&](std::int64_t task, Scratch<T>& s) {
+    const std::int64_t batch = task / tiles_of_batch, in_batch = task % tiles_of_batch;
+    const RowTile& t = tiles[in_batch % static_cast<std::int64_t>(tiles.size())];
+    const std::int64_t head = own ? t.layout_head : in_batch / static_cast<std::int64_t>(tiles.size());
+
+    std::int64_t queries[kMaxTile];
+    int bit_rows[kMaxTile], rows = 0;
+    for (int i = 0; i < tile; ++i) {
+      const std::int64_t q = query_at(call, head, t.block * call.block_size + t.first + i);
+      if (q < 0) continue;
+      T* to = s.query.get() + rows * head_dim;
+      load_features<E>(query, batch, head, q, call.head_dim, to, head_dim);
+      for (int v = 0; v < head_dim; v += kWidth<T>) store<T>(to + v, load(to + v) * scale);
+      queries[rows] = q;
+      bit_rows[rows++] = t.first + i;
+    }
+    std::fill(s.maxima, s.maxima + rows, -std::numeric_limits<T>::infinity());
+    std::fill(s.sums, s.sums + rows, T(0));
+    std::fill(s.out.get(), s.out.get() + rows * value_dim, T(0));
+
+    const std::int64_t line = (call.layout_heads == 1 ? 0 : head) * geometry.q_blocks + t.block;
+    const std::int32_t split = call.rows.splits[line];
+    const std::int64_t first = std::int64_t(call.rows.starts[line]) * geometry.tiles_per_block;
+    const std::int64_t last = std::int64_t(call.rows.starts[line + 1]) * geometry.tiles_per_block;
+    for (std::int64_t begin = first; begin < last; begin += at_once) {
+      const int count = static_cast<int>(std::min<std::int64_t>(at_once, last - begin));
+      std::int64_t panel[kKeysAtOnce / 16];
+      for (int k = 0; k < count; ++k) {
+        const std::int64_t entry = (begin + k) / geometry.tiles_per_block;
+        const int part = static_cast<int>((begin + k) % geometry.tiles_per_block);
+        panel[k] = panels.of(batch, head, geometry.group, call.rows.blocks[entry], geometry.tiles_per_block) + part;
+        T* scores = s.scores.get() + k * tile;
+        gemm<false>(rows, tile, static_cast<int>(call.head_dim), s.query.get(), head_dim, 1, panels.keys.get() + panel[k] * panels.key_size, tile, scores, kKeysAtOnce);
+        if (entry >= split)
+          mask_scores(scores, kKeysAtOnce, rows, tile, call.mask_table + std::int64_t(call.rows.masks[entry]) * call.block_size * geometry.words, geometry.words, bit_rows, part * tile);
+        if (panels.bias && panels.biased[panel[k]])
+          add_bias(scores, kKeysAtOnce, rows, tile, panels.bias.get() + panel[k] * tile);
+      }
+      softmax_step(s.scores.get(), kKeysAtOnce, rows, count * tile, s.maxima, s.sums, s.out.get(), value_dim);
+      for (int k = 0; k < count; ++k)
+        gemm<true>(rows, value_dim, tile, s.scores.get() + k * tile, kKeysAtOnce, 1, panels.values.get() + panel[k] * panels.value_size, value_dim, s.out.get(), value_dim);
+    }
+
+    for (int i = 0; i < rows; ++i) {
+      T* row = s.out.get() + i * value_dim;
+      const bool empty = s.sums[i] == T(0);
+      const T inverse = empty ? T(0) : T(1) / s.sums[i];
+      for (int v = 0; v < value_dim; v += kWidth<T>) store<T>(row + v, load(row + v) * inverse);
+      store_features<E>(row, out, batch, head, queries[i], call.value_dim);
+      lse[(batch * call.heads + head) * call.n_q + queries[i]] =
+          empty ? -std::numeric_limits<T>::infinity() : static_cast<T>(kLn2) * (s.maxima[i] + std::log2(s.sums[i]));
+    }
+  });
+}
+
+}  // namespace
+
+void sparse_attention_forward(Element element, const Attention& call, const Strided& query, const Strided& key,
+                              const Strided& value, const Strided& out, void* lse) {
+  with_element(element, [&](auto e) { forward<decltype(e)>(call, query, key, value, out, lse); });
+}
+
+}  // namespace gdl

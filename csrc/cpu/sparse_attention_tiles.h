@@ -1,0 +1,165 @@
+// What the forward and the backward pass of block-sparse attention share: places, tiles, packing, masks.
+//
+// Blocks are cut into tiles of at most 64 rows and 64 keys. Keys and values are packed once per call, widened to the type
+// that sums are kept in, so that the products read contiguous panels whatever the strides, dtype and order of the tensors.
+#pragma once
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "buffer.h"
+#include "gemm.h"
+#include "half.h"
+#include "sparse_attention.h"
+#include "vec.h"
+
+namespace gdl {
+
+constexpr int kMaxTile = 64;
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+
+// n rounded up to whole vectors.
+template <typename T>
+constexpr int padded(std::int64_t n) {
+  return static_cast<int>((n + kWidth<T> - 1) / kWidth<T> * kWidth<T>);
+}
+
+struct Geometry {
+  explicit Geometry(const Attention& call)
+      : tile(call.block_size < kMaxTile ? static_cast<int>(call.block_size) : kMaxTile),
+        tiles_per_block(static_cast<int>(call.block_size) / tile),
+        words(static_cast<int>((call.block_size + 31) / 32)),
+        q_blocks((call.layout_n_q + call.block_size - 1) / call.block_size),
+        k_blocks((call.layout_n_k + call.block_size - 1) / call.block_size),
+        group(call.heads / call.kv_heads) {}
+
+  int tile, tiles_per_block, words;
+  std::int64_t q_blocks, k_blocks, group;
+};
+
+// The position that a place holds, or -1: places past the layout's end hold none.
+inline std::int64_t position_of(const Attention& call, std::int64_t head, std::int64_t place, std::int64_t n) {
+  if (place >= n) return -1;
+  if (call.order == nullptr) return place;
+  return call.order[(call.order_heads == 1 ? 0 : head) * n + place];
+}
+
+// The call's query at a place, or -1.
+inline std::int64_t query_at(const Attention& call, std::int64_t head, std::int64_t place) {
+  const std::int64_t position = position_of(call, head, place, call.layout_n_q);
+  const std::int64_t query = position - call.query_start;
+  return position >= 0 && query >= 0 && query < call.n_q ? query : -1;
+}
+
+// The call's key at a place, or -1.
+inline std::int64_t key_at(const Attention& call, std::int64_t head, std::int64_t place) {
+  const std::int64_t position = position_of(call, head, place, call.layout_n_k);
+  return position < call.n_k ? position : -1;
+}
+
+// Features of one position, widened; zeros for position -1.
+template <typename E, typename T = accumulator_t<E>>
+inline void load_features(const Strided& x, std::int64_t batch, std::int64_t head, std::int64_t position, std::int64_t n,
+                          T* __restrict to, int padded_n) {
+  int i = 0;
+  if (position >= 0) {
+    const E* from = static_cast<const E*>(x.data) + batch * x.batch + head * x.head + position * x.position;
+    if (x.feature == 1) {
+      load(from, to, n);
+    } else {
+      for (std::int64_t j = 0; j < n; ++j) to[j] = to_accumulator(from[j * x.feature]);
+    }
+    i = static_cast<int>(n);
+  }
+  for (; i < padded_n; ++i) to[i] = T(0);
+}
+
+template <typename E, typename T = accumulator_t<E>>
+inline void store_features(const T* __restrict from, const Strided& x, std::int64_t batch, std::int64_t head,
+                           std::int64_t position, std::int64_t n) {
+  E* to = static_cast<E*>(x.data) + batch * x.batch + head * x.head + position * x.position;
+  if (x.feature == 1) {
+    store(from, to, n);
+  } else {
+    for (std::int64_t j = 0; j < n; ++j) to[j * x.feature] = from_accumulator<E>(from[j]);
+  }
+}
+
+// to[j][i] = from[i][j]
+template <typename T>
+inline void transpose(const T* __restrict from, int ld_from, T* __restrict to, int ld_to, int rows, int columns) {
+  for (int j0 = 0; j0 < columns; j0 += 16)
+    for (int i = 0; i < rows; ++i)
+      for (int j = j0; j < (j0 + 16 < columns ? j0 + 16 : columns); ++j) to[j * ld_to + i] = from[i * ld_from + j];
+}
+
+// bias[j] = -inf for the tile's keys that the padding mask leaves out, else 0. Returns whether there is any.
+template <typename T>
+inline bool padding_bias(const Attention& call, std::int64_t batch, std::int64_t head, std::int64_t first_place, int tile,
+                         T* bias) {
+  bool any = false;
+  for (int j = 0; j < tile; ++j) {
+    const std::int64_t key = key_at(call, head, first_place + j);
+    const bool out = key >= 0 && call.key_padding_mask[batch * call.n_k + key];
+    bias[j] = out ? -std::numeric_limits<T>::infinity() : T(0);
+    any |= out;
+  }
+  return any;
+}
+
+template <typename T>
+inline void add_bias(T* scores, long ld, int rows, int columns, const T* bias) {
+  for (int i = 0; i < rows; ++i)
+    for (int v = 0; v < columns; v += kWidth<T>) store<T>(scores + i * ld + v, load(scores + i * ld + v) + load(bias + v));
+}
+
+// Scores that a partial block does not keep become -inf. Row i of the tile is row bit_rows[i] of the block.
+template <typename T>
+inline void mask_scores(T* scores, long ld, int rows, int columns, const std::int32_t* mask, int words, const int* bit_rows,
+                        int first_column) {
+  const Vec<T> nothing = broadcast<T>(-std::numeric_limits<T>::infinity());
+  for (int i = 0; i < rows; ++i) {
+    const std::int32_t* bits = mask + bit_rows[i] * words;
+    for (int v = 0; v < columns; v += kWidth<T>) {
+      const int column = first_column + v;
+      using Int = typename Lanes<T>::Int;
+      const Int word = static_cast<Int>(bits[column / 32] >> (column % 32));
+      const IntVec<T> kept = ((word >> lane_index<T>()) & 1) != 0;
+      store<T>(scores + i * ld + v, kept ? load(scores + i * ld + v) : nothing);
+    }
+  }
+}
+
+// Calls work(task) for every task from 0 to count - 1; whoever is free takes the next. make_scratch runs once a thread.
+template <typename MakeScratch, typename Work>
+void parallel_for(int threads, std::int64_t count, MakeScratch make_scratch, Work work) {
+  if (threads > count) threads = static_cast<int>(count > 0 ? count : 1);
+  std::atomic<std::int64_t> next{0};
+  std::atomic<bool> out_of_memory{false};
+#pragma omp parallel num_threads(threads)
+  {
+    try {
+      auto scratch = make_scratch();
+      for (std::int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(task, scratch);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  }
+  if (out_of_memory) throw std::bad_alloc();
+}
+
+// Runs f with the element's type.
+template <typename F>
+void with_element(Element element, F f) {
+  switch (element) {
+    case Element::float32: return f(float{});
+    case Element::float16: return f(float16{});
+    case Element::bfloat16: return f(bfloat16{});
+    case Element::float64: return f(double{});
+  }
+}
+
+}  // namespace gdl

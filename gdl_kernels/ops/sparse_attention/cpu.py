@@ -1,0 +1,63 @@
+"""Launches the C++ kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _native
+
+#: gdl::Element
+_ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+
+
+def _call(
+    query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, layout: list[Tensor], sizes: list[int],
+    scale: float, query_start: int,
+) -> tuple[int, tuple[int, ...], tuple[int, ...], int, float, int]:  # fmt: skip
+    batch, heads, n_q, head_dim = query.shape
+    kv_heads, n_k, value_dim = value.shape[1:]
+    n_layout_q, n_layout_k, block_size = sizes
+    order = layout[9]
+    return (
+        _ELEMENTS[query.dtype],
+        (
+            batch, heads, kv_heads, n_q, n_k, head_dim, value_dim,
+            n_layout_q, n_layout_k, layout[1].shape[0], block_size, order.shape[0], query_start,
+        ),
+        tuple(t.data_ptr() for t in layout),
+        0 if padding is None else padding.data_ptr(),
+        scale,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _tensor(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.stride()
+
+
+def forward(
+    outputs: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None,
+    layout: list[Tensor], sizes: list[int], scale: float, query_start: int, _backend: str,
+) -> None:  # fmt: skip
+    out, lse = outputs
+    padding = None if key_padding_mask is None else key_padding_mask.contiguous()
+    _native.cpu_module().sparse_attention_forward(
+        *_call(query, key, value, padding, layout, sizes, scale, query_start),
+        _tensor(query), _tensor(key), _tensor(value), _tensor(out), lse.data_ptr(),
+    )  # fmt: skip
+
+
+def backward(
+    outputs: tuple[Tensor, Tensor, Tensor], grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor,
+    value: Tensor, out: Tensor, lse: Tensor, key_padding_mask: Tensor | None, layout: list[Tensor], sizes: list[int],
+    scale: float, query_start: int, _backend: str,
+) -> None:  # fmt: skip
+    padding = None if key_padding_mask is None else key_padding_mask.contiguous()
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    _native.cpu_module().sparse_attention_backward(
+        *_call(query, key, value, padding, layout, sizes, scale, query_start),
+        _tensor(grad_out), 0 if grad_lse is None else grad_lse.data_ptr(),
+        _tensor(query), _tensor(key), _tensor(value), _tensor(out), lse.contiguous().data_ptr(),
+        *map(_tensor, outputs),
+    )  # fmt: skip
