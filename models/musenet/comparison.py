@@ -43,8 +43,6 @@ def problem(config: Config, tokens: list[int], batch: int, dtype: torch.dtype, d
     def explain() -> list[Explanation]:
         shape = (batch, config.heads, config.context, head_dim)
         query = torch.empty(shape, device=device, dtype=dtype)
-        layout = model.layouts[0]
-        layout = layout if layout.device == query.device else layout.to(query.device)
-        return [gdl_kernels.explain("sparse_attention", query, query, query, layout)]
+        return [gdl_kernels.explain("sparse_attention", query, query, query, model.layouts_on(query.device)[0])]
 
     return Problem(model, lambda: model(excerpts[:, :-1]), lambda: bits_per_token(model, excerpts), explain)

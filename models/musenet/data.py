@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,9 @@ from .tokens import TICKS_PER_BEAT, Note, Vocabulary
 
 #: One piece in this many is held out.
 HELD_OUT = 10
+
+#: More pieces than this are parsed in several processes; for fewer, starting those takes longer than it saves.
+PARSED_ALONE = 16
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,16 @@ def chorales(limit: int | None = None, *, processes: int = 2) -> list[Piece]:
     version = importlib.metadata.version("music21")
     folder = cache_directory() / "chorales" / f"music21-{version}-grid-{TICKS_PER_BEAT}"
     missing = [source for source in sources if _cached(folder, source) is None]
-    if missing:
-        with ProcessPoolExecutor(min(processes, len(missing))) as pool:
-            parsed = pool.map(_parse, missing, chunksize=4)
-            for source, notes in zip(missing, track(parsed, "Reading chorales", total=len(missing), transient=True)):
-                with replacing(folder / f"{source.stem}.json") as temporary:
-                    temporary.write_text(json.dumps([astuple(note) for note in notes]))
+    with ExitStack() as stack:
+        parsed: Iterable[list[Note]] = map(_parse, missing)
+        if len(missing) > PARSED_ALONE:
+            # Not forked: this process may have threads by now, and a fork keeps their locks without them.
+            spawning = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(ProcessPoolExecutor(processes, mp_context=spawning))
+            parsed = track(pool.map(_parse, missing, chunksize=4), "Reading chorales", len(missing), transient=True)
+        for source, notes in zip(missing, parsed):
+            with replacing(folder / f"{source.stem}.json") as temporary:
+                temporary.write_text(json.dumps([astuple(note) for note in notes]))
     pieces = [
         Piece(source.stem, tuple(_cached(folder, source) or ()), held_out=place % HELD_OUT == 0)
         for place, source in enumerate(sources)

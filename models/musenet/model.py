@@ -24,7 +24,7 @@ class Config:
     Attributes:
         vocabulary: number of tokens.
         context: the longest sequence.
-        stride, summary: l and c of the fixed pattern; c divides l, and l the context.
+        stride, summary: l and c of the fixed pattern; 16 and c divide l, and l the context.
         dropout: on what attention and MLP add; never inside attention.
         recompute: keep only each block's input for the backward pass, and compute the rest again there.
     """
@@ -49,6 +49,8 @@ class Config:
             raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {self.attention!r}")
         if self.width % (2 * self.heads):
             raise ValueError(f"width must be a multiple of twice the {self.heads} heads, got {self.width}")
+        if self.stride % 16:
+            raise ValueError(f"stride must be a multiple of 16, got {self.stride}")
         if self.context % self.stride:
             raise ValueError(f"context must be a multiple of stride, {self.stride}, got {self.context}")
         if self.stride % self.summary:
@@ -77,15 +79,17 @@ def preset(name: str, vocabulary: int, **changes: object) -> Config:
     return replace(PRESETS[name], vocabulary=vocabulary, **given)  # type: ignore[arg-type]
 
 
-def sinusoids(start: int, count: int, width: int, *, device: torch.device | None = None) -> Tensor:
-    """Positions ``start`` to ``start + count - 1`` as float32 ``(count, width)``.
+def sinusoids(
+    start: int, count: int, width: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Positions ``start`` to ``start + count - 1``: ``(count, width)``.
 
     ``out[p, 2i] = sin((start + p) / 10000^(2i / width))`` and ``out[p, 2i + 1]`` the cosine of the same.
     """
     position = torch.arange(start, start + count, dtype=torch.float64, device=device)
     rate = 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
     angle = position[:, None] * rate  # in float64, as float32 is off by 1e-3 at position 10^5
-    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1).float()
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1).to(dtype)
 
 
 class Cache:
@@ -192,10 +196,10 @@ class MuseNet(nn.Module):
         end = start + tokens.shape[1]
         if end > self.config.context:
             raise ValueError(f"tokens must end within the context, {self.config.context}, but would end at {end}")
-        scale = math.sqrt(self.config.width)
-        place = sinusoids(start, tokens.shape[1], self.config.width, device=tokens.device)
-        x = self.embedding(tokens) * scale + place.to(self.embedding.weight.dtype)
-        for block, layout in zip(self.blocks, self._layouts_on(tokens.device)):
+        width, dtype = self.config.width, self.embedding.weight.dtype
+        place = sinusoids(start, tokens.shape[1], width, device=tokens.device, dtype=dtype)
+        x = self.embedding(tokens) * math.sqrt(width) + place
+        for block, layout in zip(self.blocks, self.layouts_on(tokens.device)):
             if self.config.recompute and self.training and cache is None:
                 x = checkpoint(block, x, layout, use_reentrant=False)
             else:
@@ -204,7 +208,8 @@ class MuseNet(nn.Module):
             cache.length = end
         return F.linear(self.norm(x), self.embedding.weight)
 
-    def _layouts_on(self, device: torch.device) -> Sequence[Layout]:
+    def layouts_on(self, device: torch.device) -> Sequence[Layout]:
+        """The layouts, moved if they are elsewhere; layers go on sharing them, and with them what they have cached."""
         if self.layouts[0].device != device:
             moved = {id(layout): layout.to(device) for layout in self.layouts}
             self.layouts = [moved[id(layout)] for layout in self.layouts]

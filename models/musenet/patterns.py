@@ -1,9 +1,7 @@
-"""The Sparse Transformer's "fixed" pattern (arXiv 1904.10509, section 4.3), whole and in its two parts.
+"""The Sparse Transformer's "fixed" pattern (arXiv 1904.10509, section 4.2) among layers and heads.
 
-With stride l and summary c, query i sees, of the keys j up to its own:
-
-- A1, its block: the j with ``j // l == i // l``;
-- A2, the summaries: the j in c columns of every block. The heads take the c columns in turn, from the block's end back.
+Its two parts are, with stride l and summary c: the query's own run of l positions, and c columns of every run, which
+the heads take in turn. Where the second stands alone, queries before the first summary see nothing, and get 0.
 """
 
 from __future__ import annotations
@@ -25,23 +23,20 @@ ATTENTION: tuple[Attention, ...] = get_args(Attention)
 def layer_layouts(
     attention: Attention, *, layers: int, heads: int, context: int, stride: int, summary: int
 ) -> Sequence[Layout]:
-    """The layout of each layer. Layers with the same pattern share one.
+    """The layout of each layer; layers with the same pattern share one.
 
-    Where a part stands alone, the queries before the first summary see nothing in A2: such a layer adds nothing there.
+    ``stride`` is a multiple of 16, and divides ``context``.
     """
-    position = torch.arange(context)
-    query, key = position[:, None], position
-    causal = key <= query
     if attention == "dense":
-        return [layouts.from_mask(causal)] * layers
-    size = min(stride, 64)
-    block = causal & (key // stride == query // stride)
-    turn = torch.arange(heads)[:, None, None] % (stride // summary)
-    summaries = causal & ((stride - 1 - key % stride) // summary == turn)  # (heads, n, n)
+        return [layouts.causal(context)] * layers
+    size = next(size for size in (64, 32, 16) if stride % size == 0)  # blocks that end where runs end
     if attention == "merged":
-        return [layouts.from_mask(block | summaries, block_size=size)] * layers
-    if attention == "per_head":
-        odd = torch.arange(heads)[:, None, None] % 2 == 1
-        return [layouts.from_mask(torch.where(odd, summaries, block), block_size=size)] * layers
-    parts = [layouts.from_mask(block, block_size=size), layouts.from_mask(summaries, block_size=size)]
-    return [parts[layer % 2] for layer in range(layers)]
+        return [layouts.fixed(context, stride, summary, heads=heads, block_size=size)] * layers
+    run = layouts.fixed(context, stride, summary, part="local", block_size=size)
+    columns = layouts.fixed(context, stride, summary, heads=heads, part="summary", block_size=size)
+    if attention == "interleaved":
+        return [(run, columns)[layer % 2] for layer in range(layers)]
+    blocks = torch.ones(context // size, context // size, dtype=torch.bool)
+    odd = (torch.arange(heads) % 2 == 1)[:, None, None]
+    even_heads, odd_heads = (layouts.from_blocks(blocks & of, block_size=size, causal=True) for of in (~odd, odd))
+    return [(run & even_heads) | (columns & odd_heads)] * layers
