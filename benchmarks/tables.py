@@ -14,7 +14,7 @@ _NOTHING = "–"
 
 
 def result_table(result: Result) -> Table:
-    table = _table(f"{result.op}: {result.case}\n[not bold]{result.shape}")
+    table = _table(f"{result.op}: {result.case}\n[not bold]{escape(result.shape)}")
     table.add_column("contestant")
     for heading in ("ms (quartiles)", "rate", "of ceiling", "ours faster", "memory"):
         table.add_column(heading, justify="right")
