@@ -16,7 +16,7 @@ def assert_accurate(ours: Tensor, plain: Tensor, exact: Tensor, what: str = "out
         what: named in the failure.
 
     The floor, for inputs on which plain PyTorch happens to be exact, is one unit in the last place of the largest value
-    (of the root mean square value). Where the exact result is not finite in our dtype, ours must be the same infinity or NaN.
+    (of the root mean square value). Where the exact result is not finite in our dtype, ours must be the same.
     """
     assert ours.shape == plain.shape == exact.shape, f"{what}: shapes {ours.shape}, {plain.shape}, {exact.shape}"
     assert ours.dtype == plain.dtype, f"{what}: {ours.dtype}, but plain PyTorch gives {plain.dtype}"

@@ -7,7 +7,20 @@ A layout is exact at the level of single positions and is built in time and memo
     layout.plot()       # a picture
 """
 
+from ._algebra import per_head
 from ._layout import BlockLists, Layout
-from ._patterns import from_mask
+from ._patterns import causal, fixed, from_blocks, from_mask, full, local, sliding_with_sinks, strided
 
-__all__ = ["BlockLists", "Layout", "from_mask"]
+__all__ = [
+    "BlockLists",
+    "Layout",
+    "causal",
+    "fixed",
+    "from_blocks",
+    "from_mask",
+    "full",
+    "local",
+    "per_head",
+    "sliding_with_sinks",
+    "strided",
+]

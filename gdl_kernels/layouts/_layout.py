@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from . import _masks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +34,16 @@ class BlockLists:
     blocks: Tensor
     masks: Tensor
 
+    def to(self, device: torch.device | str) -> BlockLists:
+        return BlockLists(*(getattr(self, field.name).to(device) for field in fields(self)))
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Layout:
     """Which keys each query may see.
+
+    ``a | b`` keeps what either keeps, ``a & b`` what both keep; where one has a pattern for all heads and the other one
+    for each, the result has one for each. If their ``order`` differs, the result is in natural order.
 
     Attributes:
         n_q, n_k: numbers of queries and keys.
@@ -39,12 +52,12 @@ class Layout:
         causal: whether no query sees a later key.
         rows: kept block columns of each block row, for the forward pass and the gradient of the queries.
         columns: kept block rows of each block column, for the gradients of keys and values.
-        mask_table: int32 ``(masks, block_size, ceil(block_size / 32))``. Bit ``j % 32`` of word ``[m, i, j // 32]`` says
-            whether row ``i`` of a partial block with mask ``m`` keeps column ``j``. Distinct masks are stored once.
-            Keys past ``n_k`` are never kept, so a block of the last columns is partial unless ``n_k`` fills it. Rows past
-            ``n_q`` do not exist: their bits mean nothing, and a kernel never reads them.
-        order: int32 ``(heads, n)`` or ``(1, n)``: blocks are blocks of *places*, and place ``p`` of head ``h`` holds query
-            and key ``order[h, p]``. Empty, ``(0, 0)``, when places are positions.
+        mask_table: int32 ``(masks, block_size, ceil(block_size / 32))``. Bit ``j % 32`` of word ``[m, i, j // 32]``
+            says whether row ``i`` of a partial block with mask ``m`` keeps column ``j``. Distinct masks are stored once.
+            Keys past ``n_k`` are never kept, so a block of the last columns is partial unless ``n_k`` fills it. Rows
+            past ``n_q`` do not exist: their bits mean nothing, and a kernel never reads them.
+        order: int32 ``(heads, n)`` or ``(1, n)``: blocks are blocks of *places*, and place ``p`` of head ``h`` holds
+            query and key ``order[h, p]``. Empty, ``(0, 0)``, when places are positions.
     """
 
     n_q: int
@@ -69,6 +82,80 @@ class Layout:
     def device(self) -> torch.device:
         return self.mask_table.device
 
+    @property
+    def kept_blocks(self) -> int:
+        """Blocks that are not empty, over all heads that have a pattern of their own."""
+        return len(self.rows.blocks)
+
+    @property
+    def density(self) -> float:
+        """The share of all ``n_q * n_k`` pairs that is kept, exactly; the mean over heads."""
+        return self.kept_pairs() / (self.heads * self.n_q * self.n_k)
+
+    def kept_pairs(self) -> int:
+        """Pairs of a query and a key that are kept, over all heads that have a pattern of their own. O(kept blocks)."""
+        return int(self._pairs_of_blocks().sum())
+
+    def _pairs_of_blocks(self) -> Tensor:
+        """Kept pairs of each block in ``rows``, int64 ``(kept,)``."""
+        size = self.block_size
+        full = torch.full((1, size), size, device=self.device)
+        counts = torch.cat([_masks.count_bits(self.mask_table), full])  # [masks + 1, b]; mask -1 is the last
+        queries = self.n_q - (self.q_blocks - 1) * size
+        counts = torch.stack([counts.sum(1), counts[:, :queries].sum(1)])
+        return counts[(self._rows_of_blocks()[1] == self.q_blocks - 1).long(), self.rows.masks]
+
+    def _rows_of_blocks(self) -> tuple[Tensor, Tensor]:
+        """Head and block row of each block in ``rows``, int64 ``(kept,)``."""
+        starts = self.rows.starts.long()
+        line = torch.repeat_interleave(torch.arange(len(starts) - 1, device=self.device), starts.diff())
+        head = line // self.q_blocks
+        return head, line - head * self.q_blocks
+
+    def __repr__(self) -> str:
+        kind = ["causal"] * self.causal + ["permuted"] * bool(self.order.numel()) + [str(self.device)]
+        return (
+            f"Layout({self.n_q} x {self.n_k}, block_size={self.block_size}, heads={self.heads}, "
+            f"density={self.density:.3%}, kept_blocks={self.kept_blocks}, {', '.join(kind)})"
+        )
+
+    def __or__(self, other: Layout) -> Layout:
+        from ._algebra import union
+
+        return union(self, other) if isinstance(other, Layout) else NotImplemented
+
+    def __and__(self, other: Layout) -> Layout:
+        from ._algebra import intersection
+
+        return intersection(self, other) if isinstance(other, Layout) else NotImplemented
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # without the mask kept by dense_mask
+
+    def to(self, device: torch.device | str) -> Layout:
+        """The layout on a device; itself if it is there already."""
+        table = self.mask_table.to(device)
+        if table is self.mask_table:
+            return self
+        rows, columns, order = self.rows.to(device), self.columns.to(device), self.order.to(device)
+        return replace(self, rows=rows, columns=columns, mask_table=table, order=order)
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Draw the kept blocks, full and partial ones apart, heads side by side.
+
+        Args:
+            path: a file to write the picture to, in the format that its suffix names; complete or not at all.
+
+        Returns:
+            The matplotlib figure. Of a layout with an ``order`` it shows places, as the kernels walk it.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+        """
+        from ._plot import plot
+
+        return plot(self, path)
+
     def tensors(self) -> list[Tensor]:
         """What the kernels read, in the order in which every launcher unpacks it."""
         rows, columns = self.rows, self.columns
@@ -79,7 +166,7 @@ class Layout:
         ]  # fmt: skip
 
     def to_mask(self) -> Tensor:
-        """The layout as bool ``(heads, n_q, n_k)``, or ``(n_q, n_k)`` where all heads share one. O(n_q * n_k) memory."""
+        """The layout as bool ``(heads, n_q, n_k)``, or ``(n_q, n_k)`` where all heads share one. Dense memory."""
         mask = self.dense_mask()
         return mask[0].clone() if self.heads == 1 else mask.clone()
 
@@ -91,17 +178,14 @@ class Layout:
 
     def _expand(self) -> Tensor:
         size, device = self.block_size, self.device
-        bit = torch.arange(size, device=device)
-        table = ((self.mask_table[:, :, bit // 32] >> (bit % 32).to(torch.int32)) & 1).bool()  # [masks, b, b]
+        table = _masks.unpack(self.mask_table, size)  # [masks, b, b]
         table = torch.cat([table, torch.ones(1, size, size, dtype=torch.bool, device=device)])  # mask -1 is the last
-        starts = self.rows.starts.long()
-        line = torch.repeat_interleave(torch.arange(len(starts) - 1, device=device), starts.diff())
-        head, row = line // self.q_blocks, line % self.q_blocks
+        head, row = self._rows_of_blocks()
         tiles = torch.zeros(self.heads, self.q_blocks, self.k_blocks, size, size, dtype=torch.bool, device=device)
-        tiles[head, row, self.rows.blocks.long()] = table[self.rows.masks.long()]
+        tiles[head, row, self.rows.blocks] = table[self.rows.masks]
         mask = tiles.transpose(2, 3).reshape(self.heads, self.q_blocks * size, self.k_blocks * size)
         mask = mask[:, : self.n_q, : self.n_k]
         if self.order.numel():
-            place = torch.argsort(self.order.long(), dim=1).expand(self.heads, -1)
+            place = torch.argsort(self.order, dim=1).expand(self.heads, -1)
             mask = torch.stack([m[p][:, p] for m, p in zip(mask, place)])
         return mask.contiguous()

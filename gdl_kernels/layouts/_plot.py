@@ -1,0 +1,106 @@
+"""Pictures of layouts."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ._layout import Layout
+
+#: Cells a side of one head's picture; larger layouts show several blocks in a cell.
+_CELLS = 256
+_HEADS_IN_A_ROW = 6
+
+_EMPTY = (1.0, 1.0, 1.0)
+_PARTIAL_LOW, _PARTIAL_HIGH = (0.99, 0.87, 0.70), (0.90, 0.42, 0.05)
+_FULL = (0.13, 0.27, 0.53)
+
+
+def cells(layout: Layout, most: int = _CELLS) -> tuple[Tensor, int]:
+    """The share of pairs that each cell keeps, float64 ``(heads, rows, columns)``, and the blocks on a cell's side.
+
+    0 is a cell that keeps nothing and 1 one that keeps everything, exactly; rows and columns are at most ``most``.
+    """
+    blocks = -(-max(layout.q_blocks, layout.k_blocks) // most)
+    rows, columns = -(-layout.q_blocks // blocks), -(-layout.k_blocks // blocks)
+    head, row = layout._rows_of_blocks()
+    cell = (head * rows + row // blocks) * columns + layout.rows.blocks // blocks
+    kept = torch.zeros(layout.heads * rows * columns, dtype=torch.int64, device=layout.device)
+    kept.index_add_(0, cell, layout._pairs_of_blocks())
+    side = blocks * layout.block_size
+    queries = (layout.n_q - torch.arange(rows) * side).clamp(max=side)
+    keys = (layout.n_k - torch.arange(columns) * side).clamp(max=side)
+    return kept.view(layout.heads, rows, columns).cpu() / (queries[:, None] * keys).double(), blocks
+
+
+def plot(layout: Layout, path: str | Path | None) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError as error:
+        raise ImportError("Layout.plot needs matplotlib: pip install 'gdl_kernels[plot]'") from error
+
+    share, blocks = cells(layout)
+    across = min(layout.heads, _HEADS_IN_A_ROW)
+    down = -(-layout.heads // across)
+    figure = Figure(figsize=(3.2 * across + 0.6, 3.2 * down + 1.1), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False)
+    low, high = torch.tensor(_PARTIAL_LOW, dtype=torch.float64), torch.tensor(_PARTIAL_HIGH, dtype=torch.float64)
+    place = " place" if layout.order.numel() else ""
+    for head, axis in enumerate(axes.flat):
+        if head >= layout.heads:
+            axis.set_axis_off()
+            continue
+        part = share[head][..., None]  # [rows, columns, 1]
+        colour = low + (high - low) * part
+        colour = torch.where(part == 0, torch.tensor(_EMPTY, dtype=torch.float64), colour)
+        colour = torch.where(part == 1, torch.tensor(_FULL, dtype=torch.float64), colour)
+        side = blocks * layout.block_size
+        extent = (0, colour.shape[1] * side, colour.shape[0] * side, 0)
+        axis.imshow(colour.numpy(), extent=extent, interpolation="nearest")
+        axis.set_xlim(0, layout.n_k)
+        axis.set_ylim(layout.n_q, 0)
+        axis.set_xlabel(f"key{place}")
+        axis.set_ylabel(f"query{place}")
+        if layout.heads > 1:
+            axis.set_title(f"head {head}", fontsize="medium")
+    cell = (
+        f"blocks of {layout.block_size}"
+        if blocks == 1
+        else f"cells of {blocks} x {blocks} blocks of {layout.block_size}"
+    )
+    figure.suptitle(f"{layout.density:.2%} of pairs kept, {cell}", fontsize="medium")
+    figure.legend(
+        handles=[
+            Patch(facecolor=_FULL, label="full"),
+            Patch(facecolor=_PARTIAL_LOW, label="partial, few kept"),
+            Patch(facecolor=_PARTIAL_HIGH, label="partial, most kept"),
+        ],
+        loc="outside lower center",
+        ncols=3,
+        fontsize="small",
+        frameon=False,
+    )
+    if path is not None:
+        _save(figure, Path(path))
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write beside the file, then move: a picture that is there is whole."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    try:
+        figure.savefig(name, dpi=120)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
