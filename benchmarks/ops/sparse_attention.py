@@ -64,7 +64,7 @@ def case(device: torch.device, dtype: torch.dtype, block_size: int, *, training:
     """One pattern, dtype and block size; ``training`` is forward and backward."""
     keep = local_and_every_fourth_block(WINDOW, block_size)
     kept = _positions(keep, POSITIONS, device)
-    layout = _layout(kept, block_size)
+    layout = layouts.from_mask(kept, block_size=block_size)
     kept_blocks = len(layout.rows.blocks)
     mode = _trained if training else _same
     truth, eager = mode(in_chunks(keep)), mode(masked(kept))
@@ -107,7 +107,7 @@ def growth_case(device: torch.device, positions: int) -> Case:
     """One point of the curve that shows how ours grows with the number of positions."""
     block_size, dtype = 64, torch.float32
     keep = local(WINDOW)
-    layout = _layout(_positions(keep, positions, device), block_size)
+    layout = layouts.local(positions, WINDOW, block_size=block_size).to(device)
     plain = in_chunks(keep)  # the whole score matrix would not fit
     flops = 2 * 2 * block_size**2 * HEAD_DIM * len(layout.rows.blocks) * HEADS
     return Case(
@@ -145,11 +145,6 @@ def _causal(i: Tensor, j: Tensor) -> Tensor:
 def _positions(keep: Keep, n: int, device: torch.device) -> Tensor:
     i = torch.arange(n, device=device, dtype=torch.int32)
     return keep(i[:, None], i[None, :])
-
-
-def _layout(kept: Tensor, block_size: int) -> layouts.Layout:
-    layout = layouts.from_mask(kept.cpu(), block_size=block_size)
-    return layout if layout.device == kept.device else layout.to(kept.device)
 
 
 def masked(kept: Tensor) -> Attention:
