@@ -1,0 +1,55 @@
+"""``python -m models list | compare | train | sample MODEL``."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .registry import COMMANDS, MODELS
+
+
+def list_models() -> None:
+    """List the models and what each can do."""
+    table = Table("model", "", "from", "commands")
+    for model in MODELS:
+        table.add_row(model.name, model.about, model.source, ", ".join(c for c in COMMANDS if model.command(c)))
+    Console().print(table)
+
+
+def application() -> typer.Typer:
+    app = typer.Typer(
+        name="python -m models", help="The reference models of gdl_kernels.", no_args_is_help=True, add_completion=False
+    )
+    app.command("list")(list_models)
+    for name, about in COMMANDS.items():
+        group = typer.Typer(help=about, no_args_is_help=True)
+        for model in MODELS:
+            if function := model.command(name):
+                group.command(model.name)(function)
+        app.add_typer(group, name=name)
+    return app
+
+
+def main() -> None:
+    """Run the command line. What the user can mend is said in a line; a traceback is a fault of ours."""
+    try:
+        application()()
+    except ValueError as error:
+        sys.exit(_failed(str(error)))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("gdl_kernels", "models"):
+            raise
+        sys.exit(_failed(f"{error.name} is not installed; the models need: pip install 'gdl_kernels[models]'"))
+
+
+def _failed(message: str) -> int:
+    Console(stderr=True).print("[bold red]error:[/]", end=" ")
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(message)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

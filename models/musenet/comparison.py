@@ -1,0 +1,48 @@
+"""MuseNet on real music, as :mod:`models.compare` wants it."""
+
+from __future__ import annotations
+
+import torch
+
+import gdl_kernels
+from gdl_kernels._backends import Explanation
+
+from ..compare import Problem
+from .data import chorales, stream
+from .model import Config, MuseNet, bits_per_token
+from .tokens import CHORALES
+
+
+def chorale_tokens(count: int) -> list[int]:
+    """The first ``count`` tokens of the chorales on end, reading no more of them than that takes.
+
+    Raises:
+        ValueError: if the chorales have fewer tokens.
+    """
+    pieces, tokens = 8, torch.empty(0)
+    while len(tokens) < count:
+        found = chorales(pieces)
+        tokens = stream(found, CHORALES)
+        if len(tokens) < count and len(found) < pieces // 2:
+            raise ValueError(f"count must be at most the chorales' {len(tokens)} tokens, got {count}")
+        pieces *= 2
+    return tokens[:count].tolist()
+
+
+def problem(config: Config, tokens: list[int], batch: int, dtype: torch.dtype, device: str, seed: int) -> Problem:
+    """The same model and input at every call.
+
+    ``tokens`` are ``context + 1``; each further sample of the batch is the same music, in another key.
+    """
+    torch.manual_seed(seed)
+    model = MuseNet(config).to(device=device, dtype=dtype).train()
+    music = torch.tensor(tokens)
+    excerpts = torch.stack([CHORALES.transpose(music, sample) for sample in range(batch)]).to(device)
+    head_dim = config.width // config.heads
+
+    def explain() -> list[Explanation]:
+        shape = (batch, config.heads, config.context, head_dim)
+        query = torch.empty(shape, device=device, dtype=dtype)
+        return [gdl_kernels.explain("sparse_attention", query, query, query, model.layouts_on(query.device)[0])]
+
+    return Problem(model, lambda: model(excerpts[:, :-1]), lambda: bits_per_token(model, excerpts), explain)

@@ -1,0 +1,167 @@
+"""The Bach chorales that music21 ships, as notes and as tokens."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from ..atomic import replacing
+from .midi import VOICES
+from .tokens import TICKS_PER_BEAT, Note, Vocabulary
+
+#: One piece in this many is held out.
+HELD_OUT = 10
+
+#: More pieces than this are parsed in several processes; for fewer, starting those takes longer than it saves.
+PARSED_ALONE = 16
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A chorale, and whether it is kept from training."""
+
+    name: str
+    notes: tuple[Note, ...]
+    held_out: bool
+
+
+def cache_directory() -> Path:
+    """Where parsed pieces are kept: ``GDL_KERNELS_CACHE``, or ``.cache`` in the checkout."""
+    given = os.environ.get("GDL_KERNELS_CACHE")
+    return Path(given) if given else Path(__file__).parents[2] / ".cache"
+
+
+def chorales(limit: int | None = None, *, processes: int = 2) -> list[Piece]:
+    """The chorales in four voices, always in the same mixed order.
+
+    The first ``limit`` of them are thus a sample of all. Which are held out is decided by their place in that order, so
+    that a piece is on the same side whatever the limit.
+
+    The first call parses them from MusicXML, which takes about a tenth of a second each, and keeps the notes in
+    :func:`cache_directory`.
+
+    Args:
+        limit: how many pieces; all, some 400, by default.
+
+    Raises:
+        ValueError: if ``limit`` is not positive.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 piece, got {limit}")
+    from music21 import corpus
+
+    sources = [path for path in corpus.getComposer("bach") if path.name.startswith("bwv") and path.suffix == ".mxl"]
+    sources.sort(key=lambda path: (zlib.crc32(path.stem.encode()), path.stem))
+    sources = sources[:limit]
+    version = importlib.metadata.version("music21")
+    folder = cache_directory() / "chorales" / f"music21-{version}-grid-{TICKS_PER_BEAT}"
+    missing = [source for source in sources if _cached(folder, source) is None]
+    with ExitStack() as stack:
+        parsed: Iterable[list[Note]] = map(_parse, missing)
+        if len(missing) > PARSED_ALONE:
+            # Not forked: this process may have threads by now, and a fork keeps their locks without them.
+            spawning = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(ProcessPoolExecutor(processes, mp_context=spawning))
+            parsed = track(pool.map(_parse, missing, chunksize=4), "Reading chorales", len(missing), transient=True)
+        for source, notes in zip(missing, parsed):
+            with replacing(folder / f"{source.stem}.json") as temporary:
+                temporary.write_text(json.dumps([astuple(note) for note in notes]))
+    pieces = [
+        Piece(source.stem, tuple(_cached(folder, source) or ()), held_out=place % HELD_OUT == 0)
+        for place, source in enumerate(sources)
+    ]
+    return [piece for piece in pieces if piece.notes]
+
+
+def _cached(folder: Path, source: Path) -> list[Note] | None:
+    try:
+        return [Note(*fields) for fields in json.loads((folder / f"{source.stem}.json").read_text())]
+    except (FileNotFoundError, ValueError, TypeError):  # not there, or damaged: parse it again
+        return None
+
+
+def _parse(source: Path) -> list[Note]:
+    """The notes of the four voices; none if the score lacks one. Other instruments in it only double the voices."""
+    from music21 import converter
+
+    score: Any = converter.parse(source)
+    parts = {part.partName.lower(): part for part in score.parts if part.partName}
+    if not all(voice in parts for voice in VOICES):
+        return []
+    notes: list[Note] = []
+    for voice in VOICES:
+        for element in parts[voice].stripTies().flatten().notes:
+            start = round(element.offset * TICKS_PER_BEAT)
+            duration = round(element.quarterLength * TICKS_PER_BEAT)
+            if duration:  # a grace note has none
+                notes.extend(Note(start, duration, voice, pitch.midi) for pitch in element.pitches)
+    return sorted(notes)
+
+
+def stream(pieces: Sequence[Piece], vocabulary: Vocabulary) -> Tensor:
+    """Pieces on end as one stream of tokens: int64 ``(tokens,)``."""
+    return torch.tensor([token for piece in pieces for token in vocabulary.encode(piece.notes)], dtype=torch.int64)
+
+
+class Excerpts:
+    """Endless random excerpts of pieces on end, each piece in a random key, for training.
+
+    Everything random comes from ``generator``: with its state saved, excerpts go on as if never interrupted.
+    """
+
+    #: Half an octave either way: every key, and no voice moves further than it must.
+    KEYS = range(-5, 7)
+
+    def __init__(
+        self, pieces: Sequence[Piece], vocabulary: Vocabulary, length: int, batch: int, generator: torch.Generator,
+        *, transpose: bool = True,
+    ) -> None:  # fmt: skip
+        if not pieces:
+            raise ValueError("pieces must be at least one, got none")
+        self.pieces = [stream([piece], vocabulary) for piece in pieces]
+        self.vocabulary, self.length, self.batch = vocabulary, length, batch
+        self.generator, self.transpose = generator, transpose
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yields int64 ``(batch, length + 1)``: inputs are all but the last token, targets all but the first."""
+        while True:
+            yield torch.stack([self._excerpt() for _ in range(self.batch)])
+
+    def _excerpt(self) -> Tensor:
+        first = self._piece()
+        parts = [first[self._draw(len(first)) :]]
+        while sum(map(len, parts)) <= self.length:
+            parts.append(self._piece())
+        return torch.cat(parts)[: self.length + 1]
+
+    def _piece(self) -> Tensor:
+        piece = self.pieces[self._draw(len(self.pieces))]
+        return self.vocabulary.transpose(piece, self.KEYS[self._draw(len(self.KEYS))]) if self.transpose else piece
+
+    def _draw(self, count: int) -> int:
+        return int(torch.randint(count, (), generator=self.generator))
+
+
+def windows(tokens: Tensor, length: int, count: int) -> Tensor:
+    """The first ``count`` stretches of a stream, which follow each other: int64 ``(<= count, length + 1)``.
+
+    Raises:
+        ValueError: if the stream is shorter than one stretch.
+    """
+    fit = min(count, (len(tokens) - 1) // length)
+    if fit < 1:
+        raise ValueError(f"tokens must be at least {length + 1} for one stretch of {length}, got {len(tokens)}")
+    return tokens[: fit * length + 1].unfold(0, length + 1, length)

@@ -1,0 +1,94 @@
+"""MIDI files to notes and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..atomic import replacing
+from .tokens import TICKS_PER_BEAT, Note
+
+VOICES = ("soprano", "alto", "tenor", "bass")
+
+#: General MIDI's families of eight programs each, as the few instruments that a vocabulary needs.
+FAMILIES = (
+    "piano", "percussion", "organ", "guitar", "bass_guitar", "strings", "strings", "brass",
+    "winds", "winds", "synth", "synth", "synth", "strings", "percussion", "synth",
+)  # fmt: skip
+
+#: The General MIDI program that plays an instrument.
+PROGRAMS = {
+    **dict.fromkeys(VOICES, 52), "piano": 0, "percussion": 11, "organ": 19, "guitar": 24, "bass_guitar": 33,
+    "strings": 48, "brass": 61, "winds": 73, "synth": 81, "drums": 0,
+}  # fmt: skip
+
+
+def read_midi(path: Path) -> list[Note]:
+    """The notes of a MIDI file, rounded to the grid of ``TICKS_PER_BEAT``, in order of time.
+
+    A track that bears a voice's name (soprano, alto, tenor, bass) is that voice; others go by their program's family.
+
+    Raises:
+        ValueError: if the file is missing, is not MIDI, is cut off, or has no notes. The message names it and says why.
+    """
+    import symusic
+
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty")
+    try:
+        score: Any = symusic.Score(path, fmt="midi")
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{path}: not a whole MIDI file ({error})") from error
+    if score.ticks_per_quarter <= 0:
+        raise ValueError(f"{path}: its {score.ticks_per_quarter} ticks a quarter note are no tempo to read it by")
+    notes = []
+    for track in score.tracks:
+        instrument = _instrument(track.name, track.program, track.is_drum)
+        for note in track.notes:
+            start = round(note.start * TICKS_PER_BEAT / score.ticks_per_quarter)
+            end = round(note.end * TICKS_PER_BEAT / score.ticks_per_quarter)
+            notes.append(Note(start, max(end - start, 1), instrument, note.pitch, note.velocity))
+    if not notes:
+        raise ValueError(f"{path}: a MIDI file without a single note")
+    return sorted(notes)
+
+
+def write_midi(notes: Sequence[Note], path: Path, *, beats_per_minute: float = 80.0) -> None:
+    """Write notes as a MIDI file with a track an instrument.
+
+    Raises:
+        ValueError: if there are no notes, or the tempo is not positive.
+    """
+    import symusic
+
+    if not notes:
+        raise ValueError(f"notes for {path} must be at least one, got none")
+    if beats_per_minute <= 0:
+        raise ValueError(f"beats_per_minute must be positive, got {beats_per_minute}")
+    score: Any = symusic.Score(TICKS_PER_BEAT)
+    score.tempos.append(symusic.Tempo(0, qpm=beats_per_minute))
+    for instrument in sorted({note.instrument for note in notes}, key=_score_order):
+        drums = instrument == "drums"
+        track: Any = symusic.Track(name=instrument, program=PROGRAMS.get(instrument, 0), is_drum=drums)
+        for note in notes:
+            if note.instrument == instrument:
+                track.notes.append(symusic.Note(note.start, note.duration, note.pitch, note.velocity))
+        score.tracks.append(track)
+    with replacing(path) as temporary:
+        temporary.write_bytes(score.dumps_midi())
+
+
+def _instrument(name: str, program: int, is_drum: bool) -> str:
+    if is_drum:
+        return "drums"
+    if name.strip().lower() in VOICES:
+        return name.strip().lower()
+    return FAMILIES[program // 8]
+
+
+def _score_order(instrument: str) -> tuple[int, str]:
+    """Voices from the top down, then the rest by name."""
+    return (VOICES.index(instrument) if instrument in VOICES else len(VOICES)), instrument

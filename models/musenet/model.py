@@ -1,0 +1,224 @@
+"""The model: a pre-norm, decoder-only Sparse Transformer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import gdl_kernels
+from gdl_kernels.layouts import Layout
+
+from .patterns import ATTENTION, Attention, layer_layouts
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a model.
+
+    Attributes:
+        vocabulary: number of tokens.
+        context: the longest sequence.
+        stride, summary: l and c of the fixed pattern; 16 and c divide l, and l the context.
+        dropout: on what attention and MLP add; never inside attention.
+        recompute: keep only each block's input for the backward pass, and compute the rest again there.
+    """
+
+    vocabulary: int
+    context: int = 4096
+    layers: int = 4
+    heads: int = 8
+    width: int = 512
+    attention: Attention = "merged"
+    stride: int = 128
+    summary: int = 32
+    dropout: float = 0.0
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocabulary", "context", "layers", "heads", "width", "stride", "summary"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if self.attention not in ATTENTION:
+            raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {self.attention!r}")
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width must be a multiple of twice the {self.heads} heads, got {self.width}")
+        if self.stride % 16:
+            raise ValueError(f"stride must be a multiple of 16, got {self.stride}")
+        if self.context % self.stride:
+            raise ValueError(f"context must be a multiple of stride, {self.stride}, got {self.context}")
+        if self.stride % self.summary:
+            raise ValueError(f"summary must divide stride, {self.stride}, got {self.summary}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be from 0 up to 1, got {self.dropout}")
+
+
+PRESETS = {
+    "tiny": Config(vocabulary=1, context=512, layers=2, heads=4, width=128, stride=64, summary=16),
+    "small": Config(vocabulary=1, context=4096, layers=4, heads=8, width=512),
+    # 72 layers, 24 heads and context 4096 are MuseNet's; its width was not published: 24 heads of 64.
+    "musenet": Config(vocabulary=1, context=4096, layers=72, heads=24, width=1536, recompute=True),
+}
+
+
+def preset(name: str, vocabulary: int, **changes: object) -> Config:
+    """One of ``PRESETS`` for a vocabulary, with other fields changed; a change that is None is none.
+
+    Raises:
+        ValueError: if there is no such preset, or a field does not fit.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    given = {field: value for field, value in changes.items() if value is not None}
+    return replace(PRESETS[name], vocabulary=vocabulary, **given)  # type: ignore[arg-type]
+
+
+def sinusoids(
+    start: int, count: int, width: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Positions ``start`` to ``start + count - 1``: ``(count, width)``.
+
+    ``out[p, 2i] = sin((start + p) / 10000^(2i / width))`` and ``out[p, 2i + 1]`` the cosine of the same.
+    """
+    position = torch.arange(start, start + count, dtype=torch.float64, device=device)
+    rate = 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
+    angle = position[:, None] * rate  # in float64, as float32 is off by 1e-3 at position 10^5
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1).to(dtype)
+
+
+class Cache:
+    """The keys and values of the positions so far, with room for the whole context: ``(layers, B, H, context, D)``."""
+
+    def __init__(self, config: Config, batch: int, *, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.layers, batch, config.heads, config.context, config.width // config.heads)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put a layer's new keys and values behind the old ones, and return all of them. No copy of the old."""
+        end = self.length + key.shape[2]
+        self.keys[layer, :, :, self.length : end] = key
+        self.values[layer, :, :, self.length : end] = value
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.layer, self.heads = layer, config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, N, D]
+        start = 0
+        if cache is not None:
+            start = cache.length
+            key, value = cache.extend(self.layer, key, value)
+        seen = gdl_kernels.sparse_attention(query, key, value, layout, query_start=start)
+        return self.out(seen.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.attention = SelfAttention(config, layer)
+        self.mlp_norm = nn.LayerNorm(config.width)
+        self.mlp = nn.Sequential(
+            nn.Linear(config.width, 4 * config.width), nn.GELU(), nn.Linear(4 * config.width, config.width)
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), layout, cache))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class MuseNet(nn.Module):
+    """Tokens to the logits of the token that follows each.
+
+    ``x = sqrt(width) * embedding[token] + sinusoids``; then blocks ``x += attention(norm(x)); x += mlp(norm(x))``; then
+    ``logits = norm(x) @ embedding.T``.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.layouts: Sequence[Layout] = layer_layouts(
+            config.attention, layers=config.layers, heads=config.heads, context=config.context,
+            stride=config.stride, summary=config.summary,
+        )  # fmt: skip
+        self._initialize()
+
+    def _initialize(self) -> None:
+        # The rows are output weights too. At a size of width^-1/4, a token's own row adds about 1 to its logit; at size
+        # 1 it would add sqrt(width), and the model would begin by foretelling that each token repeats.
+        nn.init.normal_(self.embedding.weight, std=self.config.width**-0.75)
+        for name, parameter in self.blocks.named_parameters():
+            if parameter.dim() == 2:
+                # What is added to the residual stream shrinks with the number of additions, so that depth adds no size.
+                residual = name.endswith(("attention.out.weight", "mlp.2.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.layers) if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def cache(self, batch: int = 1) -> Cache:
+        """An empty cache for decoding with this model."""
+        weight = self.embedding.weight
+        return Cache(self.config, batch, device=weight.device, dtype=weight.dtype)
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Logits of the next token.
+
+        Args:
+            tokens: int64 ``(B, N)``.
+            cache: what came before ``tokens``; grows by ``tokens``. One more token costs what its rows of the layouts
+                keep, not what was decoded before.
+
+        Returns:
+            ``(B, N, vocabulary)``.
+
+        Raises:
+            ValueError: if ``tokens`` is not ``(B, N)``, or does not fit the context.
+        """
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens must be (batch, positions), got shape {tuple(tokens.shape)}")
+        start = 0 if cache is None else cache.length
+        end = start + tokens.shape[1]
+        if end > self.config.context:
+            raise ValueError(f"tokens must end within the context, {self.config.context}, but would end at {end}")
+        width, dtype = self.config.width, self.embedding.weight.dtype
+        place = sinusoids(start, tokens.shape[1], width, device=tokens.device, dtype=dtype)
+        x = self.embedding(tokens) * math.sqrt(width) + place
+        for block, layout in zip(self.blocks, self.layouts_on(tokens.device)):
+            if self.config.recompute and self.training and cache is None:
+                x = checkpoint(block, x, layout, use_reentrant=False)
+            else:
+                x = block(x, layout, cache)
+        if cache is not None:
+            cache.length = end
+        return F.linear(self.norm(x), self.embedding.weight)
+
+    def layouts_on(self, device: torch.device) -> Sequence[Layout]:
+        """The layouts, moved if they are elsewhere; layers go on sharing them, and with them what they have cached."""
+        if self.layouts[0].device != device:
+            moved = {id(layout): layout.to(device) for layout in self.layouts}
+            self.layouts = [moved[id(layout)] for layout in self.layouts]
+        return self.layouts
+
+
+def bits_per_token(model: MuseNet, tokens: Tensor) -> Tensor:
+    """The loss: mean of -log2 p of each token but the first, ``tokens`` being int64 ``(B, N + 1)``."""
+    logits = model(tokens[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) / math.log(2)

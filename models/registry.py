@@ -1,0 +1,29 @@
+"""The models that ``python -m models`` knows: a line each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+#: The commands that a model's ``cli`` may have, each a function that typer makes an interface of.
+COMMANDS = {
+    "compare": "Run a model on our kernels and in plain PyTorch: the same numbers, in less time and memory?",
+    "train": "Train a model, with checkpoints and TensorBoard logs; --resume goes on exactly where it stopped.",
+    "sample": "Let a model make something to look at or to listen to.",
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str
+    about: str
+    source: str
+
+    def command(self, name: str) -> Callable[..., Any] | None:
+        """The function ``name`` of ``models/<model>/cli.py``, where there is one."""
+        return getattr(import_module(f"models.{self.name}.cli"), name, None)
+
+
+MODELS = (Model("musenet", "a Sparse Transformer that writes Bach chorales", "MuseNet 2019; arXiv 1904.10509"),)

@@ -1,0 +1,32 @@
+"""What tests of models share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from models.musenet.data import Piece, chorales
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Each session parses for itself: what an earlier version has left in the checkout's cache proves nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GDL_KERNELS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def pieces(cache: None) -> list[Piece]:
+    return chorales(4)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models are slower on several threads, by far so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,60 @@
+"""Checkpoints, whole and not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from models import checkpoint
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "run" / "model.safetensors"
+    checkpoint.save(path, "kind.1", {"weight": torch.randn(6, 5), "step": torch.tensor(3.0)}, {"words": ["a"]})
+    return path
+
+
+def test_what_is_loaded_is_what_was_saved(path: Path) -> None:
+    tensors = {"a": torch.randn(3, 4).T, "b": torch.randn(2, dtype=torch.float64), "c": torch.tensor(2)}
+    checkpoint.save(path, "kind.1", tensors, {"n": 1})
+    found, about = checkpoint.load(path, "kind.1")
+    assert about == {"n": 1}
+    assert set(found) == set(tensors)
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor)
+        assert found[name].dtype == tensor.dtype
+
+
+@pytest.mark.parametrize("kept", [0, 5, 60, 150, -1])
+def test_a_cut_off_file_is_named(path: Path, kept: int) -> None:
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match="not a whole safetensors file") as error:
+        checkpoint.load(path, "kind.1")
+    assert str(path) in str(error.value)
+
+
+def test_a_foreign_file_is_named(path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'kind\.2', got 'kind\.1'"):
+        checkpoint.load(path, "kind.2")
+    save_file({"weight": torch.randn(2)}, path)
+    with pytest.raises(ValueError, match=r"'kind\.1', got none") as error:
+        checkpoint.load(path, "kind.1")
+    assert str(path) in str(error.value)
+    with pytest.raises(ValueError, match="no such file"):
+        checkpoint.load(path.with_name("absent"), "kind.1")
+
+
+def test_weights_of_another_model_are_refused(path: Path) -> None:
+    model = nn.Linear(5, 6)
+    before = model.weight.clone()
+    tensors, _ = checkpoint.load(path, "kind.1")
+    with pytest.raises(ValueError, match="bias, step"):
+        checkpoint.load_weights(path, model, tensors)
+    with pytest.raises(ValueError, match=r"bias must have shape \(6,\), got \(5,\)"):
+        checkpoint.load_weights(path, model, {"weight": tensors["weight"], "bias": torch.randn(5)})
+    assert torch.equal(model.weight, before)

@@ -1,0 +1,146 @@
+"""Comparing a model on our kernels with the reference."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+import gdl_kernels
+from gdl_kernels._backends import Explanation
+from models.__main__ import application
+from models.compare import Build, Comparison, Measurement, Problem, _Side, compare, errors
+
+
+def random_problem(seed: int | None) -> Problem:
+    """A linear model; without a seed, another one in each process."""
+    torch.manual_seed(os.getpid() if seed is None else seed)
+    model, x = nn.Linear(7, 5), torch.randn(20, 7)
+    served = Explanation("sparse_attention", {"cpu": "chosen", "reference": "can"})
+    return Problem(model, lambda: model(x), lambda: model(x).square().mean(), lambda: [served])
+
+
+def failing_problem() -> Problem:
+    raise ValueError("there is no such music")
+
+
+def dying_problem() -> Problem:
+    os._exit(7)
+
+
+def test_musenet_agrees_with_itself_in_plain_pytorch(tmp_path: Path) -> None:
+    path = tmp_path / "figures" / "compare.json"
+    arguments = ["compare", "musenet", "--context", "256", "--layers", "2", "--width", "64", "--repetitions", "1"]
+    result = CliRunner().invoke(application(), [*arguments, "--json", str(path)])
+    assert result.exit_code == 0, result.output
+    assert "differs" not in result.output
+    figures = json.loads(path.read_text())
+    assert figures["agree"]
+    assert figures["config"]["context"] == 256
+    served = figures["backends"]["sparse_attention"]
+    kernels = served["reference"] != "chosen"
+    for phase in ("forward", "training step"):
+        measured = figures["phases"][phase]
+        assert measured["reference"]["seconds"] > 0
+        assert (measured["speedup"] is not None) == kernels
+    if kernels:  # two different programs do not round alike: equal numbers would mean that the same one ran twice
+        assert 0 < figures["output_error"] < 1e-5
+        assert 0 < figures["gradient_error"] < 1e-4
+    else:
+        assert "No kernel of ours served this" in result.output
+
+
+def test_other_weights_are_a_disagreement() -> None:
+    found = compare(partial(random_problem, None), repetitions=1)
+    assert not found.agree
+    assert found.speedup("forward") is None
+    assert found.output_error > 1e-3
+    assert found.as_json()["agree"] is False
+
+
+def test_a_disagreement_ends_with_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    from models import compare as module
+
+    nan = float("nan")
+    sides = {side: Measurement(1.0, 0.0, 10) for side in module.SIDES}
+    wrong = Comparison(
+        torch.float32, "cpu", 9, 1, {"sparse_attention": {"cpu": "chosen"}}, nan, dict.fromkeys(module.SIDES, nan),
+        1e-7, "embedding.weight", dict.fromkeys(module.PHASES, sides),
+    )  # fmt: skip
+    monkeypatch.setattr(module, "compare", lambda *args, **kwargs: wrong)
+    result = CliRunner().invoke(application(), ["compare", "musenet", "--context", "256"])
+    assert result.exit_code == 1
+    assert "differs" in result.output
+    assert "×[/]" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (failing_problem, "kernels side failed: ValueError: there is no such music"),
+        (dying_problem, "kernels side died with exit code 7"),
+    ],
+)
+def test_a_side_that_fails_says_why(build: Build, message: str, tmp_path: Path) -> None:
+    with (
+        _Side.started("kernels", build, "auto", "cpu", tmp_path) as side,
+        pytest.raises(RuntimeError, match=message),
+    ):
+        side.ask("about")
+
+
+def test_errors_are_relative_and_find_the_worst() -> None:
+    reference = {
+        "output": torch.randn(50),
+        "a": torch.randn(30),
+        "b": torch.randn(40),
+        "rounding": torch.randn(9) * 1e-9,
+    }
+    ours = {name: tensor.clone() for name, tensor in reference.items()}
+    assert errors(ours, reference)[:2] == (0.0, 0.0)
+    ours["output"] *= 1 + 1e-3
+    ours["b"] *= 1 - 1e-2
+    ours["rounding"] *= -1  # which no one is to care about
+    output, gradient, worst = errors(ours, reference)
+    assert output == pytest.approx(1e-3, rel=1e-3)
+    assert (gradient, worst) == (pytest.approx(1e-2, rel=1e-3), "b")
+
+
+def test_nan_is_the_worst_error() -> None:
+    reference = {name: torch.randn(5) for name in ("output", "a", "b", "c")}
+    ours = {**reference, "a": reference["a"] * 3, "b": torch.full((5,), torch.nan)}
+    _, gradient, worst = errors(ours, reference)
+    assert gradient != gradient
+    assert worst == "b"
+
+
+def test_a_gradient_on_one_side_only_is_an_error() -> None:
+    reference = {name: torch.randn(5) for name in ("output", "a", "b")}
+    with pytest.raises(RuntimeError, match="gradient for b"):
+        errors({"output": reference["output"], "a": reference["a"]}, reference)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"), [({"repetitions": 0}, "repetitions"), ({"dtype": torch.int32}, "dtype")]
+)
+def test_bad_arguments_are_refused_before_anything_starts(arguments: dict, what: str) -> None:
+    with pytest.raises(ValueError, match=f"^{what} must"):
+        compare(failing_problem, **arguments)
+
+
+def test_the_backend_asked_for_is_the_one_that_is_explained() -> None:
+    from models.musenet.comparison import problem
+    from models.musenet.model import Config
+
+    config = Config(vocabulary=2000, context=64, layers=1, heads=2, width=16, stride=32, summary=16)
+    made = problem(config, list(range(65)), 2, torch.float32, "cpu", 0)
+    with gdl_kernels.backend("reference"):
+        (explained,) = made.explain()
+    assert explained.verdicts["reference"] == "chosen"
+    assert made.forward().shape == (2, 64, 2000)

@@ -1,0 +1,160 @@
+"""The model against peers, and against itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gdl_kernels
+from models.musenet.model import PRESETS, Config, MuseNet, bits_per_token, preset, sinusoids
+from models.musenet.patterns import ATTENTION, Attention, layer_layouts
+
+CONFIG = Config(vocabulary=60, context=160, layers=2, heads=6, width=48, stride=32, summary=8)
+
+
+def build(attention: Attention, seed: int = 0, **changes: object) -> MuseNet:
+    torch.manual_seed(seed)
+    model = MuseNet(replace(CONFIG, attention=attention, **changes)).double()
+    for parameter in model.parameters():  # biases and gains start at 0 and 1: that would hide mistakes in them
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def tokens(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randint(CONFIG.vocabulary, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def expected_mask(attention: str, layer: int, head: int, n: int, stride: int, summary: int) -> Tensor:
+    mask = torch.zeros(n, n, dtype=torch.bool)
+    for i in range(n):
+        for j in range(i + 1):
+            run = i // stride == j // stride
+            end = stride - head % (stride // summary) * summary
+            column = end - summary <= j % stride < end
+            mask[i, j] = {
+                "dense": True,
+                "merged": run or column,
+                "interleaved": column if layer % 2 else run,
+                "per_head": column if head % 2 else run,
+            }[attention]
+    return mask
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_patterns_are_the_sparse_transformers(attention: Attention) -> None:
+    n, stride, summary, heads = 96, 32, 16, 4
+    found = layer_layouts(attention, layers=3, heads=heads, context=n, stride=stride, summary=summary)
+    for layer, layout in enumerate(found):
+        mask = layout.dense_mask().expand(heads, n, n)
+        for head in range(heads):
+            assert torch.equal(mask[head], expected_mask(attention, layer, head, n, stride, summary)), (layer, head)
+
+
+def test_dense_is_torchs_own_transformer() -> None:
+    model = build("dense")
+    peer = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(
+            CONFIG.width, CONFIG.heads, 4 * CONFIG.width, 0.0, "gelu", batch_first=True, norm_first=True
+        ),
+        CONFIG.layers, norm=nn.LayerNorm(CONFIG.width), enable_nested_tensor=False,
+    ).double()  # fmt: skip
+    names = {
+        "attention_norm": "norm1", "mlp_norm": "norm2", "attention.out": "self_attn.out_proj",
+        "attention.qkv.": "self_attn.in_proj_", "mlp.0": "linear1", "mlp.2": "linear2",
+    }  # fmt: skip
+    weights = {"norm." + name: weight for name, weight in model.norm.state_dict().items()}
+    for name, weight in model.blocks.state_dict().items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        weights[f"layers.{name}"] = weight
+    peer.load_state_dict(weights)
+
+    given = tokens(2, 150)
+    place = torch.arange(150.0, dtype=torch.float64)[:, None]
+    rate = torch.tensor([10_000 ** (-2 * i / CONFIG.width) for i in range(CONFIG.width // 2)], dtype=torch.float64)
+    positions = torch.zeros(150, CONFIG.width, dtype=torch.float64)
+    positions[:, 0::2], positions[:, 1::2] = torch.sin(place * rate), torch.cos(place * rate)
+    x = model.embedding.weight[given] * math.sqrt(CONFIG.width) + positions
+    hidden = peer(x, mask=nn.Transformer.generate_square_subsequent_mask(150, dtype=torch.float64), is_causal=True)
+    torch.testing.assert_close(model(given), hidden @ model.embedding.weight.T, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_our_kernels_and_the_reference_agree(attention: Attention) -> None:
+    model, given = build(attention), tokens(2, 161)
+    ours = torch.autograd.grad(bits_per_token(model, given), list(model.parameters()))
+    with gdl_kernels.backend("reference"):
+        reference = torch.autograd.grad(bits_per_token(model, given), list(model.parameters()))
+    for name, a, b in zip(dict(model.named_parameters()), ours, reference):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_cached_decoding_is_the_full_forward(attention: Attention) -> None:
+    model, given = build(attention), tokens(2, CONFIG.context)
+    with torch.no_grad():
+        full, cache = model(given), model.cache(batch=2)
+        parts = [model(given[:, :70], cache), model(given[:, 70:71], cache), model(given[:, 71:90], cache)]
+        parts += [model(given[:, i : i + 1], cache) for i in range(90, CONFIG.context)]
+    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="context"):
+        model(given[:, :1], cache)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_no_token_sees_a_later_one(attention: Attention) -> None:
+    model, given = build(attention), tokens(1, 120)
+    changed = given.clone()
+    changed[:, 77] = (changed[:, 77] + 1) % CONFIG.vocabulary
+    with torch.no_grad():
+        before, after = model(given), model(changed)
+    assert torch.equal(before[:, :77], after[:, :77])
+    assert not torch.equal(before[:, 77], after[:, 77])
+
+
+def test_recompute_gives_the_same_gradients() -> None:
+    given, gradients = tokens(2, 161), []
+    for recompute in (False, True):
+        model = build("merged", recompute=recompute, dropout=0.2).train()
+        torch.manual_seed(5)  # the same dropout in both, and in both runs of a recomputed block
+        gradients.append(torch.autograd.grad(bits_per_token(model, given), list(model.parameters())))
+    for plain, recomputed in zip(*gradients):
+        assert torch.equal(plain, recomputed)
+
+
+def test_sinusoids_go_on_where_they_stopped_at_any_length() -> None:
+    far = sinusoids(1_000_000, 3, 16)
+    torch.testing.assert_close(sinusoids(1_000_001, 1, 16), far[1:2], rtol=0, atol=0)
+    assert far[2, 6].item() == pytest.approx(math.sin(1_000_002 / 10_000 ** (6 / 16)), abs=1e-7)
+    assert far[2, 7].item() == pytest.approx(math.cos(1_000_002 / 10_000 ** (6 / 16)), abs=1e-7)
+
+
+def test_presets_are_what_they_are_called() -> None:
+    config = preset("musenet", 100, dropout=0.1, layers=None)
+    assert (config.layers, config.heads, config.context, config.vocabulary) == (72, 24, 4096, 100)
+    assert config.dropout == 0.1
+    assert all(config.width % config.heads == 0 for config in PRESETS.values())
+    with pytest.raises(ValueError, match="tiny, small, musenet"):
+        preset("huge", 100)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("attention", "sparse"), ("width", 50), ("stride", 40), ("context", 100), ("summary", 5), ("layers", 0),
+        ("dropout", 1.0), ("heads", 2.5),
+    ],
+)  # fmt: skip
+def test_a_shape_that_does_not_fit_is_refused(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"^{field} must"):
+        replace(CONFIG, **{field: value})
+
+
+@pytest.mark.parametrize("shape", [(10,), (1, CONFIG.context + 1)])
+def test_tokens_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"^tokens must"):
+        build("merged")(tokens(*shape))

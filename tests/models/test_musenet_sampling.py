@@ -1,0 +1,126 @@
+"""Sampling."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from typer.testing import CliRunner
+
+from models.__main__ import application
+from models.musenet.data import Piece
+from models.musenet.midi import read_midi
+from models.musenet.model import Config, MuseNet
+from models.musenet.pianoroll import draw_piano_roll
+from models.musenet.sampling import draw, sample
+from models.musenet.tokens import Note
+
+
+@pytest.fixture
+def model() -> MuseNet:
+    torch.manual_seed(7)
+    return MuseNet(Config(vocabulary=40, context=64, layers=2, heads=2, width=32, stride=32, summary=16)).eval()
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_likeliest_tokens_are_those_of_the_full_forward(model: MuseNet) -> None:
+    tokens = [3, 1, 4, 1, 5]
+    drawn = list(sample(model, tokens, temperature=0))
+    assert len(drawn) == 64 - 5 + 1  # the last token drawn has no place in the context, and needs none
+    for token in drawn[:20]:
+        with torch.no_grad():
+            assert int(model(torch.tensor([tokens]))[0, -1].argmax()) == token
+        tokens.append(token)
+
+
+def test_a_seed_decides_the_piece(model: MuseNet) -> None:
+    first, again, other = (list(islice(sample(model, [0], generator=seeded(s)), 30)) for s in (1, 1, 2))
+    assert first == again != other
+
+
+def test_drawing_follows_temperature_and_top_k() -> None:
+    logits = torch.tensor([0.3, 2.0, -1.0, 1.2, 0.7])
+    for temperature, top_k in ((1.0, 5), (0.5, 3), (2.0, 2)):
+        weights: Tensor = (logits / temperature).softmax(0)
+        weights[weights < weights.topk(top_k).values[-1]] = 0
+        generator = seeded(0)
+        counts = torch.zeros(5)
+        for _ in range(4000):
+            counts[draw(logits, temperature, top_k, generator)] += 1
+        # Four standard deviations of a share of 4000 draws.
+        torch.testing.assert_close(counts / 4000, weights / weights.sum(), rtol=0, atol=0.032)
+        assert (counts > 0).sum() == top_k
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ({"prompt": []}, "prompt"), ({"prompt": [0] * 64}, "prompt"), ({"prompt": [40]}, "prompt"),
+        ({"temperature": -0.1}, "temperature"), ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": 0}, "top_k"), ({"top_k": 41}, "top_k"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_refused_before_a_token_is_drawn(model: MuseNet, arguments: dict, what: str) -> None:
+    with pytest.raises(ValueError, match=f"^{what} must"):
+        sample(model, **{"prompt": [0], **arguments})
+
+
+def test_the_command_writes_music_and_its_picture(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "piece.one"
+    arguments = ["sample", "musenet", "--untrained", "--out", str(out), "--length", "150", "--top-k", "900"]
+    result = CliRunner().invoke(application(), arguments)
+    assert result.exit_code == 0, result.output
+    assert "noise, not music" in result.output
+    assert sorted(path.name for path in out.parent.iterdir()) == ["piece.one.mid", "piece.one.png"]
+    notes = read_midi(out.with_name("piece.one.mid"))
+    assert f"{len(notes)} notes" in result.output
+    with Image.open(out.with_name("piece.one.png")) as picture:
+        assert min(picture.size) > 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ([], "one of --checkpoint PATH and --untrained"),
+        (["--untrained", "--length", "100000"], "length must be less than the context"),
+        (["--untrained", "--length", "0"], "length must be at least 1"),
+        (["--untrained", "--tempo", "0"], "tempo must be positive"),
+        (["--checkpoint", "absent"], "absent: there is no such file"),
+        (["--untrained", "--temperature", "-1"], "temperature must be"),
+    ],
+)
+def test_what_the_command_can_not_do_it_says(tmp_path: Path, arguments: list[str], why: str) -> None:
+    result = CliRunner().invoke(application(), ["sample", "musenet", "--out", str(tmp_path / "x"), *arguments])
+    assert isinstance(result.exception, ValueError)
+    assert why in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_picture_shows_every_note(pieces: list[Piece], tmp_path: Path) -> None:
+    """Each voice's colour covers about the share of the picture that its notes have."""
+    notes = [Note(0, 48, "soprano", 72, 127), Note(48, 24, "bass", 60, 127), Note(72, 24, "kazoo", 66, 127)]
+    path = tmp_path / "roll.png"
+    draw_piano_roll(notes, path)
+    with Image.open(path) as picture:
+        colours = picture.convert("RGB").getcolors(maxcolors=2**24)
+    assert colours is not None
+    near = {
+        name: sum(n for n, c in colours if sum(abs(a - b) for a, b in zip(c, wanted)) < 45)
+        for name, wanted in {
+            "soprano": (0xD1, 0x49, 0x5B),
+            "bass": (0x2E, 0x5E, 0x8C),
+            "other": (0x7B, 0x5E, 0xA7),
+        }.items()
+    }
+    assert near["soprano"] / near["bass"] == pytest.approx(2, rel=0.15)
+    assert near["other"] / near["bass"] == pytest.approx(1, rel=0.15)
+    with pytest.raises(ValueError, match="at least one"):
+        draw_piano_roll([], path)
+    draw_piano_roll(pieces[0].notes, path, title=pieces[0].name)
