@@ -194,7 +194,7 @@ def resolve(
 
 
 def from_masks(grid: Grid, line: Tensor, column: Tensor, words: Tensor) -> Stripe:
-    """The same of candidate blocks that each have a packed mask."""
+    """:func:`resolve`, of candidate blocks that each have a packed mask."""
     words, index = _masks.distinct(words)
     return resolve(grid, line, column, index, len(words), lambda members: words[index[members]])
 
@@ -224,6 +224,7 @@ def assemble(
         place = torch.argsort(group.to(torch.int32), stable=True)
         blocks.append(column[place].to(torch.int32))
         masks.append(mask[place])
+    grid.check_count(int(counts.sum()))
     words, index = _masks.distinct(torch.cat([*table, no_masks(grid)]))
     mask = torch.cat([index, index.new_full((1,), -1)]).to(torch.int32)
     nothing = torch.empty(0, dtype=torch.int32, device=grid.device)

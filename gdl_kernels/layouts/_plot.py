@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,11 +98,10 @@ def plot(layout: Layout, path: str | Path | None) -> Figure:
 
 def _save(figure: Figure, path: Path) -> None:
     """Write beside the file, then move: a picture that is there is whole."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        figure.savefig(name, dpi=120)
-        os.replace(name, path)
+        figure.savefig(partial, format=path.suffix[1:] or "png", dpi=120)
+        os.replace(partial, path)
     except BaseException:
-        os.unlink(name)
+        partial.unlink(missing_ok=True)
         raise

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 # In a process of its own, whose peak memory is the layout's. The CPU time of one thread is what a clock shows on an idle
-# machine, and what it would have shown on one that others keep busy.
+# machine, and hardly changes on a busy one.
 MEASURE = """
 import json, resource, time
 import torch
