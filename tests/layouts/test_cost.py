@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-# In a process of its own, whose peak memory is the layout's. The CPU time of one thread is what a clock shows on an idle
-# machine, and hardly changes on a busy one.
+# In a process of its own, whose peak memory is the layout's. The CPU time of one thread is what a clock shows on an
+# idle machine, and hardly changes on a busy one.
 MEASURE = """
 import json, resource, time
 import torch
