@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from models.atomic import replacing
 
 from .machine import commit, machine, versions
 from .results import Bar, Result, Row
@@ -55,10 +56,5 @@ def _row(result: Result, row: Row) -> dict[str, Any]:
 def write(path: Path, run: dict[str, Any]) -> None:
     """Write a run, whole or not at all."""
     text = json.dumps(run, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -14,7 +14,7 @@ _NOTHING = "–"
 
 
 def result_table(result: Result) -> Table:
-    table = _table(f"{result.op}: {result.case}\n[not bold]{result.shape}")
+    table = _table(f"{result.op}: {result.case}\n[not bold]{escape(result.shape)}")
     table.add_column("contestant")
     for heading in ("ms (quartiles)", "rate", "of ceiling", "ours faster", "memory"):
         table.add_column(heading, justify="right")
@@ -49,9 +49,9 @@ def _name(row: Row) -> str:
 
 def _cells(result: Result, row: Row) -> list[str]:
     median, quartiles = row.median_ms, row.quartiles_ms
-    time = _NOTHING if median is None else f"{median:.4g}"
+    time = _NOTHING if median is None else _ms(median)
     if quartiles is not None:
-        time += f" ({quartiles[0]:.4g}–{quartiles[1]:.4g})"
+        time += f" ({_ms(quartiles[0])}–{_ms(quartiles[1])})"
     return [
         _name(row),
         time,
@@ -60,6 +60,10 @@ def _cells(result: Result, row: Row) -> list[str]:
         _NOTHING if row.ours or row is result.ceiling else _show(result.speed_up(row), "{:.2f}×"),
         _show(None if row.peak_bytes is None else row.peak_bytes / 2**20, "{:,.0f} MiB"),
     ]
+
+
+def _ms(value: float) -> str:
+    return f"{value:.4g}" if value < 1000 else f"{value:,.0f}"
 
 
 def _note(row: Row) -> str:

@@ -247,7 +247,7 @@ class _Side:
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
             self.process.join(timeout=10)
             raise RuntimeError(
-                f"the process of the {self.name} side died with exit code {self.process.exitcode} at {question[0]!r}; "
+                f"the {self.name} side died with exit code {self.process.exitcode} at {question[0]!r}; "
                 "-9 means that the system ran out of memory: try a shorter context or fewer layers"
             ) from error
         if isinstance(answer, Exception):

@@ -34,12 +34,12 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     block_sizes = (64,) if quick else (64, 128)
     for block_size in block_sizes:
         for dtype in (torch.float32, torch.bfloat16):
-            yield _case(device, dtype, block_size, training=False, quick=quick)
+            yield case(device, dtype, block_size, training=False, quick=quick)
     for block_size in block_sizes:
         for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
-            yield _case(device, dtype, block_size, training=True, quick=quick)
+            yield case(device, dtype, block_size, training=True, quick=quick)
     for positions in (4096, 8192, 16_384) if quick else (4096, 8192, 16_384, 32_768):
-        yield _growth_case(device, positions)
+        yield growth_case(device, positions)
 
 
 def bars(results: Sequence[Result]) -> list[Bar]:
@@ -60,7 +60,8 @@ def bars(results: Sequence[Result]) -> list[Bar]:
     return [*asked, Bar("forward, local: memory grows as positions to the power", 1.1, memory, "", at_most=True)]
 
 
-def _case(device: torch.device, dtype: torch.dtype, block_size: int, *, training: bool, quick: bool) -> Case:
+def case(device: torch.device, dtype: torch.dtype, block_size: int, *, training: bool, quick: bool) -> Case:
+    """One pattern, dtype and block size; ``training`` is forward and backward."""
     keep = local_and_every_fourth_block(WINDOW, block_size)
     kept = _positions(keep, POSITIONS, device)
     layout = layouts.from_mask(kept, block_size=block_size)
@@ -102,10 +103,11 @@ def _case(device: torch.device, dtype: torch.dtype, block_size: int, *, training
     )
 
 
-def _growth_case(device: torch.device, positions: int) -> Case:
+def growth_case(device: torch.device, positions: int) -> Case:
+    """One point of the curve that shows how ours grows with the number of positions."""
     block_size, dtype = 64, torch.float32
     keep = local(WINDOW)
-    layout = layouts.from_mask(_positions(keep, positions, device), block_size=block_size)
+    layout = layouts.local(positions, WINDOW, block_size=block_size).to(device)
     plain = in_chunks(keep)  # the whole score matrix would not fit
     flops = 2 * 2 * block_size**2 * HEAD_DIM * len(layout.rows.blocks) * HEADS
     return Case(

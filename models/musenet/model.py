@@ -162,7 +162,9 @@ class MuseNet(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        nn.init.normal_(self.embedding.weight, std=self.config.width**-0.5)  # unit size once scaled, and as output rows
+        # The rows are output weights too. At a size of width^-1/4, a token's own row adds about 1 to its logit; at size
+        # 1 it would add sqrt(width), and the model would begin by foretelling that each token repeats.
+        nn.init.normal_(self.embedding.weight, std=self.config.width**-0.75)
         for name, parameter in self.blocks.named_parameters():
             if parameter.dim() == 2:
                 # What is added to the residual stream shrinks with the number of additions, so that depth adds no size.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -133,14 +135,13 @@ def test_require_native_makes_it_an_error(small_tree: Path, tmp_path: Path) -> N
 
 
 def test_no_torch(small_tree: Path, tmp_path: Path) -> None:
-    import pybind11
-    import setuptools
-
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     python, tools = tmp_path / "bare/bin/python", tmp_path / "tools"
     tools.mkdir()
-    for module in (setuptools, pybind11):
-        (tools / module.__name__).symlink_to(Path(module.__file__).parent)
+    for name in ("setuptools", "_distutils_hack", "pybind11"):
+        (tools / name).symlink_to(Path(importlib.import_module(name).__file__).parent)
+    metadata_of_setuptools = importlib.metadata.distribution("setuptools")._path
+    (tools / metadata_of_setuptools.name).symlink_to(metadata_of_setuptools)
     metadata = (python, "setup.py", "dist_info", "--output-dir", tmp_path)
     variables = {"PYTHONPATH": str(tools), "PYTHONNOUSERSITE": "1"}
     told = run(*metadata, cwd=small_tree, fails=True, **variables)

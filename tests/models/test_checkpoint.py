@@ -39,10 +39,10 @@ def test_a_cut_off_file_is_named(path: Path, kept: int) -> None:
 
 
 def test_a_foreign_file_is_named(path: Path) -> None:
-    with pytest.raises(ValueError, match="'kind.2', got 'kind.1'"):
+    with pytest.raises(ValueError, match=r"'kind\.2', got 'kind\.1'"):
         checkpoint.load(path, "kind.2")
     save_file({"weight": torch.randn(2)}, path)
-    with pytest.raises(ValueError, match="'kind.1', got none") as error:
+    with pytest.raises(ValueError, match=r"'kind\.1', got none") as error:
         checkpoint.load(path, "kind.1")
     assert str(path) in str(error.value)
     with pytest.raises(ValueError, match="no such file"):

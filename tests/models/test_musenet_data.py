@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def test_pieces_have_four_voices_that_sing_one_note_at_a_time(pieces: list[Piece
         for voice in VOICES:
             line = [note for note in piece.notes if note.instrument == voice]
             assert len(line) > 20
-            assert all(before.end <= after.start for before, after in zip(line, line[1:]))
+            assert all(before.end <= after.start for before, after in pairwise(line))
 
 
 def test_notes_are_those_that_music21_counts(pieces: list[Piece]) -> None:

@@ -156,5 +156,5 @@ def test_a_shape_that_does_not_fit_is_refused(field: str, value: object) -> None
 
 @pytest.mark.parametrize("shape", [(10,), (1, CONFIG.context + 1)])
 def test_tokens_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="^tokens must"):
+    with pytest.raises(ValueError, match=r"^tokens must"):
         build("merged")(tokens(*shape))

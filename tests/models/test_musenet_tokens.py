@@ -16,14 +16,11 @@ ENSEMBLE = Vocabulary(("piano", "strings", "drums"), velocities=(20, 60, 100), l
 def separate_notes(draw: st.DrawFn) -> list[Note]:
     """Notes of which an instrument never sounds the same pitch twice at a time."""
     notes = []
+    line = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 30), st.sampled_from(ENSEMBLE.velocities)), max_size=5)
     keys = st.tuples(st.sampled_from(ENSEMBLE.instruments), st.integers(0, PITCHES - 1))
     for instrument, pitch in draw(st.sets(keys, max_size=6)):
         now = 0
-        for gap, duration, velocity in draw(
-            st.lists(
-                st.tuples(st.integers(0, 30), st.integers(1, 30), st.sampled_from(ENSEMBLE.velocities)), max_size=5
-            )
-        ):
+        for gap, duration, velocity in draw(line):
             notes.append(Note(now + gap, duration, instrument, pitch, velocity))
             now += gap + duration
     return sorted(notes)

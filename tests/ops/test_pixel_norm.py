@@ -70,12 +70,18 @@ def run(x: Tensor, grad: Tensor, backend: str) -> tuple[Tensor, Tensor]:
 def check(x: Tensor, grad: Tensor, backend: str) -> None:
     ours, plain = run(x, grad, backend), run(x, grad, "reference")
     exact = run(x.double(), grad.double(), "reference")
-    for what, *values in zip(("y", "dx"), ours, plain, exact):
-        assert_accurate(*values, what=what)
+    assert_accurate(ours[0], plain[0], exact[0], "y")
+    # dx is the difference of r g and its part along x, which is all of it where there is one channel.
+    r = (x.double().square().mean(1, keepdim=True) + 1e-8).rsqrt()
+    assert_accurate(ours[1], plain[1], exact[1], "dx", terms=r * grad.double())
 
 
-@pytest.mark.parametrize("memory", MEMORY)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# The first two in every dtype; the others need no more than one that is narrower than its sums.
+CASES = [(memory, dtype) for memory in list(MEMORY)[:2] for dtype in DTYPES]
+CASES += [(memory, torch.bfloat16) for memory in list(MEMORY)[2:]]
+
+
+@pytest.mark.parametrize(("memory", "dtype"), CASES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("backend", KERNELS)
 def test_output_and_gradient(backend: str, shape: tuple[int, ...], dtype: torch.dtype, memory: str) -> None:
@@ -103,28 +109,23 @@ def test_reference_is_the_formula() -> None:
 
 
 @st.composite
-def images(draw: st.DrawFn) -> Tensor:
-    dims = draw(st.integers(2, 5))
-    shape = [draw(st.integers(0, 3)), *(draw(st.integers(1, 40)) for _ in range(min(dims - 1, 2)))]
-    shape += [draw(st.integers(1, 5)) for _ in range(dims - len(shape))]
-    order = draw(st.permutations(range(dims)))
-    steps = [draw(st.integers(1, 2)) for _ in range(dims)]
-    dtype = draw(st.sampled_from(DTYPES))
-    # In memory the dimensions come in a random order and with gaps.
+def images(draw: st.DrawFn, shape: list[int], dtype: torch.dtype) -> Tensor:
+    """In memory the dimensions come in any order and with gaps."""
+    order = draw(st.permutations(range(len(shape))))
+    steps = [draw(st.integers(1, 2)) for _ in shape]
     memory = random(tuple(shape[d] * steps[d] for d in order), dtype)
-    x = memory.permute(*(order.index(d) for d in range(dims)))
+    x = memory.permute(*(order.index(d) for d in range(len(shape))))
     return x[tuple(slice(None, None, step) for step in steps)]
 
 
-@given(images(), images())
+@given(st.data(), st.integers(0, 2**32))
 @settings(max_examples=150, deadline=None)
-def test_any_shape_strides_and_dtype(x: Tensor, other: Tensor) -> None:
-    grad = (
-        other.flatten()[torch.arange(x.numel()) % other.numel()].view(x.shape)
-        if other.numel()
-        else random(x.shape, x.dtype)
-    )
-    check(x, grad.to(x.dtype), "cpu")
+def test_any_shape_strides_and_dtype(data: st.DataObject, seed: int) -> None:
+    torch.manual_seed(seed)
+    shape = [data.draw(st.integers(0, 3)), data.draw(st.integers(1, 40))]
+    shape += data.draw(st.lists(st.integers(1, 9), max_size=3))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    check(data.draw(images(shape, dtype)), data.draw(images(shape, dtype)), "cpu")
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -293,12 +294,16 @@ def test_threads_agree() -> None:
     assert all(map(torch.equal, alone, together))
 
 
-@pytest.mark.parametrize("capability", [c for c in _native.VARIANTS if c != torch.backends.cpu.get_cpu_capability()])
+# Best first; this CPU's own are tested by all the rest.
+CAPABILITIES = list(_native.VARIANTS)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES[CAPABILITIES.index(torch.backends.cpu.get_cpu_capability()) + 1 :])
 def test_kernels_for_lesser_cpus(capability: str) -> None:
     # The capability is read once in a process, so a process of its own runs the same tests.
-    names = "test_output_and_gradient and cpu and not 9001 or test_float64 or test_gradients_of_both_orders"
+    names = "cpu and (test_output_and_gradient or test_gradients_of_both_orders)"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", names]
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability.lower()}
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability.lower(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

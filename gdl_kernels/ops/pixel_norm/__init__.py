@@ -21,7 +21,7 @@ def pixel_norm(x: Tensor, *, eps: float = 1e-8, backend: str | None = None) -> T
 
     Returns:
         A tensor like ``x``, contiguous or, where ``x`` is, channels last. Autocast leaves its dtype alone.
-        Accumulates in float32, in float64 for float64. Differentiable any number of times, once under ``torch.compile``.
+        Accumulates in float32, in float64 for float64. Differentiable without limit, under ``torch.compile`` once.
 
     Raises:
         ValueError: if ``x`` has fewer than two dimensions, or ``eps`` is not positive and finite.

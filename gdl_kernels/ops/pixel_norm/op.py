@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,7 +31,16 @@ def _cuda_reasons(x: Tensor, **_: Any) -> list[str]:
     return reasons
 
 
-choices = _backends.add_op("pixel_norm", {"cpu": _cpu_reasons, "cuda": _cuda_reasons})
+def _examples() -> Iterator[_backends.Example]:
+    """Both ways to lay out an image, vectors that fit and that do not, and more channels than a kernel keeps."""
+    for name, shape in (("a tile", (2, 64, 32, 32)), ("odd sizes", (3, 37, 7, 9)), ("many channels", (2, 1500, 4, 4))):
+        x = torch.randn(shape)
+        yield _backends.Example(name, (x.requires_grad_(),))
+        last = x.detach().clone(memory_format=torch.channels_last)
+        yield _backends.Example(f"{name}, channels last", (last.requires_grad_(),))
+
+
+choices = _backends.add_op("pixel_norm", {"cpu": _cpu_reasons, "cuda": _cuda_reasons}, _examples)
 
 
 def _output(x: Tensor, *_: Any) -> Tensor:
