@@ -27,42 +27,56 @@ class Tiles(NamedTuple):
     Attributes:
         own: positions that a program owns: queries, or keys in the kernel of their gradients. At most a block.
         step: positions that a program takes from its list at a time: several small blocks, or a part of a large one.
-        num_stages: tiles in flight between memory and the tensor cores.
+        num_stages: depth of the pipeline. A tile's address hangs on a load of its own, that of the block's number, so
+            five stages keep two tiles in flight, three keep one.
+        num_warps: warps a program.
     """
 
     own: int
     step: int
     num_stages: int
-
-    @property
-    def num_warps(self) -> int:
-        # A tensor core instruction takes 16 rows a warp (four warps make Hopper's 64): fewer warps would hold more
-        # accumulators than there are registers, more would all compute the same rows.
-        return self.own // 16
+    num_warps: int
 
 
-#: By kernel and padded head size, for 16-bit inputs. Chosen so that nothing spills on sm_80, sm_90 and sm_100 and so
-#: that shared memory suffices on each; not yet timed on any GPU.
+#: ``(own, step, num_stages)`` for 16-bit inputs, by the major compute capability that a row was made for, kernel and
+#: padded head size. Up to 128 features, in blocks of 64 and 128, nothing spills, and row 8 needs at most the 99 KB of
+#: shared memory of the smaller chips of its generation. Above, some spill: in the gradients of keys and values two
+#: accumulators alone fill the registers. Chosen by what the compiler reports; not yet timed on any GPU.
 TILES = {
-    "forward": {64: Tiles(128, 64, 3), 128: Tiles(128, 64, 3), 256: Tiles(64, 32, 2)},
-    "grad_query": {64: Tiles(128, 64, 2), 128: Tiles(64, 64, 2), 256: Tiles(64, 32, 2)},
-    "grad_key_value": {64: Tiles(128, 64, 2), 128: Tiles(64, 32, 2), 256: Tiles(64, 16, 1)},
+    8: {
+        "forward": {64: (128, 64, 5), 128: (128, 32, 5), 256: (64, 16, 3)},
+        "grad_query": {64: (128, 32, 5), 128: (128, 32, 5), 256: (64, 16, 3)},
+        "grad_key_value": {64: (128, 32, 5), 128: (64, 16, 2), 256: (64, 16, 2)},
+    },
+    9: {
+        "forward": {64: (128, 64, 5), 128: (128, 64, 5), 256: (64, 16, 5)},
+        "grad_query": {64: (128, 64, 5), 128: (128, 32, 5), 256: (64, 16, 3)},
+        "grad_key_value": {64: (128, 64, 5), 128: (128, 32, 3), 256: (64, 16, 3)},
+    },
 }
 
 
-def tiles(kernel: str, head_dim: int, block_size: int, itemsize: int) -> Tiles:
+def tiles(kernel: str, capability: int, head_dim: int, block_size: int, itemsize: int) -> Tiles:
     """The launch configuration of a kernel.
 
     Args:
-        kernel: a key of ``TILES``.
-        head_dim: the larger padded head size, a power of two.
+        kernel: ``"forward"``, ``"grad_query"`` or ``"grad_key_value"``.
+        capability: the GPU's major compute capability.
+        head_dim: the larger of the padded head sizes.
         itemsize: bytes an element.
     """
-    own, step, num_stages = TILES[kernel][max(64, head_dim)]
     if itemsize == 4:
-        # "ieee" products of float32 run on the ordinary cores, operands in registers: small tiles.
-        own, step, num_stages = min(own, 32), 16, 1
-    return Tiles(min(own, block_size), step, num_stages)
+        # "ieee" products of float32 run on the ordinary cores, operands in registers: small tiles, many warps.
+        return Tiles(min(32, block_size), 16, 1, 4 if head_dim <= 64 else 8)
+    # Only data-centre Hopper (9) and Blackwell (10) have the shared memory that row 9 asks for.
+    own, step, num_stages = TILES[9 if capability in (9, 10) else 8][kernel][max(64, head_dim)]
+    own = min(own, block_size)
+    if own < 64:
+        # Few warps share a tile's loads: a large one would take all their registers for addresses.
+        step, num_stages = (16, 2) if kernel == "grad_key_value" else (max(16, min(step, 128 * own // head_dim)), 3)
+    # A tensor core instruction takes 16 rows a warp (four warps make Hopper's 64): fewer warps would hold more
+    # accumulators than there are registers, more would all compute the same rows.
+    return Tiles(own, step, num_stages, own // 16)
 
 
 @triton.jit
@@ -482,10 +496,14 @@ def _layout(tensors: list[Tensor]) -> _Layout:
     )  # fmt: skip
 
 
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9  # the interpreter has no limits
+
+
 def _constants(kernel: str, query: Tensor, value: Tensor, block_size: int) -> tuple[Tiles, dict[str, Any]]:
     head_dim, value_dim = query.shape[3], value.shape[3]
     block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (head_dim, value_dim))
-    config = tiles(kernel, max(block_d, block_dv), block_size, query.element_size())
+    config = tiles(kernel, _capability(query.device), max(block_d, block_dv), block_size, query.element_size())
     return config, {
         "D": head_dim, "DV": value_dim, "BLOCK_D": block_d, "BLOCK_DV": block_dv,
         "BLOCK": block_size, "OWN": config.own, "STEP": config.step, "DOT": _DOT[query.dtype],
