@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,7 +31,14 @@ def _cuda_reasons(x: Tensor, **_: Any) -> list[str]:
     return reasons
 
 
-choices = _backends.add_op("pixel_norm", {"cpu": _cpu_reasons, "cuda": _cuda_reasons})
+def _examples() -> Iterator[_backends.Example]:
+    """Both memory formats, and as many channels and pixels as no vector divides."""
+    for name, memory_format in (("image", torch.contiguous_format), ("channels last", torch.channels_last)):
+        x = torch.randn(2, 37, 9, 11).to(memory_format=memory_format)
+        yield _backends.Example(name, (x.requires_grad_(),))
+
+
+choices = _backends.add_op("pixel_norm", {"cpu": _cpu_reasons, "cuda": _cuda_reasons}, _examples)
 
 
 def _output(x: Tensor, *_: Any) -> Tensor:
