@@ -39,10 +39,10 @@ test: $(VENV)/installed
 
 ifeq ($(origin PYTHON),file)
 gpu: $(VENV)/installed
-	@$(PY) benchmarks/gpu.py
+	@$(PY) -m benchmarks.gpu
 else
 gpu:
-	@$(PYTHON) benchmarks/gpu.py
+	@$(PYTHON) -m benchmarks.gpu
 endif
 
 clean:

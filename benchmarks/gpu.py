@@ -2,6 +2,8 @@
 
 Builds for CUDA in place, then tests, checks and measures. A step that fails is told at the end and doesn't stop the
 others. Runs in whatever Python it is started with, and installs nothing.
+
+    python -m benchmarks.gpu
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+
+from .machine import commit, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
@@ -75,11 +79,10 @@ def main() -> int:
 
 def write_record(path: Path, gpu: str, outcomes: dict[str, str]) -> None:
     """What docs/verified.md cites: which commit was checked where and when."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     record = {
         "gpu": gpu,
-        "torch": torch.__version__,
-        "commit": git.stdout.strip() or "unknown",
+        "versions": versions(),
+        **commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "steps": outcomes,
     }

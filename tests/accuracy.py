@@ -32,7 +32,8 @@ def assert_accurate(
         return
     assert ours_64.isfinite().all(), f"{what}: {(~ours_64.isfinite()).sum()} of {exact.numel()} values are not finite"
     scale = exact if terms is None else terms.detach().double().cpu()
-    floor = 2 * torch.finfo(ours.dtype).eps
+    # Against float64 nothing here is more exact: both are float64, and differ by how they round along the way.
+    floor = (256 if ours.dtype == torch.float64 else 2) * torch.finfo(ours.dtype).eps
     for name, size in (("largest", _largest), ("rms", _root_mean_square)):
         error, allowed = size(ours_64 - exact), 2 * size(plain_64 - exact) + floor * size(scale)
         assert error <= allowed, f"{what}: {name} error {error:.3g}, allowed {allowed:.3g}"

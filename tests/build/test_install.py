@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import json
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import setuptools
 from installation import copy_small_tree, copy_tree, make_target, pip_install, run
 
 CPU_MODULES = ("_cpu_avx512", "_cpu_avx2", "_cpu_default")
@@ -140,8 +140,8 @@ def test_no_torch(small_tree: Path, tmp_path: Path) -> None:
     tools.mkdir()
     for name in ("setuptools", "_distutils_hack", "pybind11"):
         (tools / name).symlink_to(Path(importlib.import_module(name).__file__).parent)
-    metadata_of_setuptools = importlib.metadata.distribution("setuptools")._path
-    (tools / metadata_of_setuptools.name).symlink_to(metadata_of_setuptools)
+    for dist_info in Path(setuptools.__file__).parents[1].glob("setuptools-*.dist-info"):
+        (tools / dist_info.name).symlink_to(dist_info)
     metadata = (python, "setup.py", "dist_info", "--output-dir", tmp_path)
     variables = {"PYTHONPATH": str(tools), "PYTHONNOUSERSITE": "1"}
     told = run(*metadata, cwd=small_tree, fails=True, **variables)
