@@ -1,9 +1,10 @@
 """Fused GPU and CPU kernels for generative deep learning."""
 
-from . import layouts
+from . import layouts, nn
 from ._backends import available_backends, backend, explain
+from .ops.pixel_norm import pixel_norm
 from .ops.sparse_attention import sparse_attention
 
 __version__ = "0.1.0"
 
-__all__ = ["available_backends", "backend", "explain", "layouts", "sparse_attention"]
+__all__ = ["available_backends", "backend", "explain", "layouts", "nn", "pixel_norm", "sparse_attention"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -55,11 +55,28 @@ def backend(name: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class Example:
+    """A small call of an op's public function, on which ``python -m gdl_kernels verify`` checks its kernels.
+
+    Tensors that require a gradient are cast to each dtype and differentiated; the others are passed as they are.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+#: Makes an op's examples from fresh random numbers.
+Examples = Callable[[], Iterable[Example]]
+
+
+@dataclass(frozen=True)
 class Choices:
     """The backends that an op has: for each, a function that says why it can't serve a call."""
 
     op: str
     reasons: Mapping[str, Reasons]
+    examples: Examples
 
     def pick(self, device: torch.device, requested: str | None, *args: Any, **kwargs: Any) -> str:
         """The name of the backend that serves this call.
@@ -124,8 +141,9 @@ class Explanation:
 _ops: dict[str, Choices] = {}
 
 
-def add_op(op: str, reasons: Mapping[str, Reasons]) -> Choices:
-    _ops[op] = Choices(op, reasons)
+def add_op(op: str, reasons: Mapping[str, Reasons], examples: Examples) -> Choices:
+    """Add an op by the name of its public function."""
+    _ops[op] = Choices(op, reasons, examples)
     return _ops[op]
 
 

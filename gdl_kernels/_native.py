@@ -5,37 +5,69 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import json
 import os
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
 #: CPU variants by PyTorch's own name for the machine's capability, which reads CPUID and ATEN_CPU_CAPABILITY.
 VARIANTS = {"AVX512": "_cpu_avx512", "AVX2": "_cpu_avx2", "DEFAULT": "_cpu_default"}
 
+MODULES = (*VARIANTS.values(), "_cuda")
+
 Loaded = tuple[ModuleType | None, str]
 
 
-def _load(name: str) -> Loaded:
+@functools.cache
+def build_record() -> dict[str, Any]:
+    """What setup.py wrote: ``tools``, ``built``, ``left out`` and ``failed``; empty if it never ran here."""
+    path = Path(__file__).with_name("_build_info.json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def is_built(name: str) -> bool:
+    return importlib.util.find_spec(f"gdl_kernels.{name}") is not None
+
+
+def why_not_built(name: str) -> str:
+    """Why a module is not there, in one line."""
+    record = build_record()
+    if name in record.get("failed", {}):
+        lines = record["failed"][name].splitlines()
+        return "it could not be compiled: " + next((line for line in lines if "error" in line), lines[0]).strip()
+    if name in record.get("left out", {}):
+        return record["left out"][name]
+    return f"nothing was built in {Path(__file__).parent} (pip install -e . --no-build-isolation)"
+
+
+def load(name: str) -> Loaded:
+    """One native module, or None and the reason."""
+    if not is_built(name):
+        return None, f"gdl_kernels.{name} is not built: {why_not_built(name)}"
     try:
         return importlib.import_module(f"gdl_kernels.{name}"), ""
-    except ModuleNotFoundError:
-        return None, f"gdl_kernels.{name} was not built when the package was installed (python -m gdl_kernels info)"
     except ImportError as error:
         return None, f"gdl_kernels.{name} does not load: {error}"
+
+
+def cpu_variant() -> str:
+    """The name of the CPU module that this machine runs."""
+    return VARIANTS.get(torch.backends.cpu.get_cpu_capability(), "_cpu_default")
 
 
 @functools.cache
 def cpu() -> Loaded:
     """The C++ kernels for this CPU, or None and the reason."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    return _load(VARIANTS.get(capability, "_cpu_default"))
+    return load(cpu_variant())
 
 
 @functools.cache
 def cuda() -> Loaded:
     """The CUDA C++ kernels, or None and the reason."""
-    return _load("_cuda")
+    return load("_cuda")
 
 
 @functools.cache

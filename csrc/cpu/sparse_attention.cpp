@@ -15,6 +15,8 @@ namespace {
 
 // Keys whose scores are kept at once. 64 rows of them are 64 KB in float: with the panels they stay in a 1 MB L2.
 constexpr int kKeysAtOnce = 256;
+// A row more than a power of two apart, or the rows of a tile would share a few sets of the L1 cache.
+constexpr int kScoresStride = kKeysAtOnce + 16;
 
 struct RowTile {
   std::int64_t layout_head, block;
@@ -60,6 +62,8 @@ struct Panels {
   Panels(const Attention& call, const Geometry& geometry, const std::vector<RowTile>& tiles, const Strided& key,
          const Strided& value)
       : per_query_head(call.order_heads > 1),
+        group(geometry.group),
+        tiles_per_block(geometry.tiles_per_block),
         heads(per_query_head ? call.heads : call.kv_heads),
         value_dim(padded<T>(call.value_dim)),
         key_size(call.head_dim * geometry.tile),
@@ -101,12 +105,12 @@ struct Panels {
   }
 
   // The first panel of a block, for a query head.
-  std::int64_t of(std::int64_t batch, std::int64_t head, std::int64_t group, std::int64_t block, int tiles_per_block) const {
-    return (batch * heads + (per_query_head ? head : head / group)) * count + slot[block] * tiles_per_block;
+  std::int64_t of(std::int64_t batch, std::int64_t query_head, std::int64_t block) const {
+    return (batch * heads + (per_query_head ? query_head : query_head / group)) * count + slot[block] * tiles_per_block;
   }
 
   bool per_query_head;
-  std::int64_t heads;
+  std::int64_t group, tiles_per_block, heads;
   int value_dim;
   std::int64_t key_size, value_size, count = 0;
   std::vector<std::int64_t> slot;  // by block column; -1 where no row keeps it
@@ -116,14 +120,18 @@ struct Panels {
 
 // One step of the online softmax: scores become exp2(score - maximum), and sums and outputs are brought to the new maximum.
 template <typename T>
-void softmax_step(T* scores, long ld, int rows, int columns, T* maxima, T* sums, T* out, int value_dim) {
+void softmax_step(T* scores, int rows, int columns, T* maxima, T* sums, T* out, int value_dim) {
   constexpr T nothing = -std::numeric_limits<T>::infinity();
+  T largest[kMaxTile];
   for (int i = 0; i < rows; ++i) {
-    T* row = scores + i * ld;
+    const T* row = scores + i * kScoresStride;
     Vec<T> top = load(row);
     for (int v = kWidth<T>; v < columns; v += kWidth<T>) top = maximum<T>(top, load(row + v));
-    const T largest = reduce_maximum<T>(top);
-    T maximum = largest > maxima[i] ? largest : maxima[i];
+    largest[i] = reduce_maximum<T>(top);
+  }
+  for (int i = 0; i < rows; ++i) {
+    T* row = scores + i * kScoresStride;
+    T maximum = largest[i] > maxima[i] ? largest[i] : maxima[i];
     if (maximum == nothing) {
       // Nothing is kept so far, unless NaN hid from the comparisons: that has to reach the output.
       bool nan = false;
@@ -134,9 +142,10 @@ void softmax_step(T* scores, long ld, int rows, int columns, T* maxima, T* sums,
       }
       maximum = 0;
     }
+    const Vec<T> base = broadcast(maximum);
     Vec<T> total = {};
     for (int v = 0; v < columns; v += kWidth<T>) {
-      const Vec<T> p = exp2<T>(load(row + v) - maximum);
+      const Vec<T> p = exp2<T>(load(row + v) - base);
       store<T>(row + v, p);
       total += p;
     }
@@ -172,7 +181,7 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
   const std::int64_t own = std::max(call.layout_heads, call.order_heads) > 1;
   const std::int64_t tiles_of_batch = own ? static_cast<std::int64_t>(tiles.size()) : call.heads * static_cast<std::int64_t>(tiles.size());
   const auto scratch = [&] {
-    return Scratch<T>{make_buffer<T>(tile * head_dim), make_buffer<T>(tile * kKeysAtOnce), make_buffer<T>(tile * value_dim), {}, {}};
+    return Scratch<T>{make_buffer<T>(tile * head_dim), make_buffer<T>(tile * kScoresStride), make_buffer<T>(tile * value_dim), {}, {}};
   };
   parallel_for(call.threads, call.batch * tiles_of_batch, scratch, [&](std::int64_t task, Scratch<T>& s) {
     const std::int64_t batch = task / tiles_of_batch, in_batch = task % tiles_of_batch;
@@ -200,21 +209,35 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
     const std::int64_t last = std::int64_t(call.rows.starts[line + 1]) * geometry.tiles_per_block;
     for (std::int64_t begin = first; begin < last; begin += at_once) {
       const int count = static_cast<int>(std::min<std::int64_t>(at_once, last - begin));
-      std::int64_t panel[kKeysAtOnce / 16];
+      const T *keys[kKeysAtOnce / 16 + 1], *values[kKeysAtOnce / 16 + 1];
+      for (int k = 0; k < count; ++k) {
+        const std::int64_t panel = panels.of(batch, head, call.rows.blocks[(begin + k) / geometry.tiles_per_block]) +
+                                   (begin + k) % geometry.tiles_per_block;
+        keys[k] = panels.keys.get() + panel * panels.key_size;
+        values[k] = panels.values.get() + panel * panels.value_size;
+      }
+      keys[count] = values[0];
+      values[count] = nullptr;
       for (int k = 0; k < count; ++k) {
         const std::int64_t entry = (begin + k) / geometry.tiles_per_block;
         const int part = static_cast<int>((begin + k) % geometry.tiles_per_block);
-        panel[k] = panels.of(batch, head, geometry.group, call.rows.blocks[entry], geometry.tiles_per_block) + part;
         T* scores = s.scores.get() + k * tile;
-        gemm<false>(rows, tile, static_cast<int>(call.head_dim), s.query.get(), head_dim, 1, panels.keys.get() + panel[k] * panels.key_size, tile, scores, kKeysAtOnce);
-        if (entry >= split)
-          mask_scores(scores, kKeysAtOnce, rows, tile, call.mask_table + std::int64_t(call.rows.masks[entry]) * call.block_size * geometry.words, geometry.words, bit_rows, part * tile);
-        if (panels.bias && panels.biased[panel[k]])
-          add_bias(scores, kKeysAtOnce, rows, tile, panels.bias.get() + panel[k] * tile);
+        gemm<false>(rows, tile, static_cast<int>(call.head_dim), s.query.get(), head_dim, 1, keys[k], tile, scores,
+                    kScoresStride, keys[k + 1]);
+        if (entry >= split) {
+          const std::int64_t mask = std::int64_t(call.rows.masks[entry]) * call.block_size * geometry.words;
+          mask_scores(scores, kScoresStride, rows, tile, call.mask_table + mask, geometry.words, bit_rows, part * tile);
+        }
+        if (panels.bias) {
+          const std::int64_t panel = (keys[k] - panels.keys.get()) / panels.key_size;
+          if (panels.biased[panel])
+            add_bias(scores, kScoresStride, rows, tile, panels.bias.get() + panel * tile);
+        }
       }
-      softmax_step(s.scores.get(), kKeysAtOnce, rows, count * tile, s.maxima, s.sums, s.out.get(), value_dim);
+      softmax_step(s.scores.get(), rows, count * tile, s.maxima, s.sums, s.out.get(), value_dim);
       for (int k = 0; k < count; ++k)
-        gemm<true>(rows, value_dim, tile, s.scores.get() + k * tile, kKeysAtOnce, 1, panels.values.get() + panel[k] * panels.value_size, value_dim, s.out.get(), value_dim);
+        gemm<true>(rows, value_dim, tile, s.scores.get() + k * tile, kScoresStride, 1, values[k], value_dim, s.out.get(),
+                   value_dim, values[k + 1]);
     }
 
     for (int i = 0; i < rows; ++i) {

@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 namespace gdl {
 
 #if defined(__AVX512F__)
@@ -62,9 +66,21 @@ inline Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // x - 0 keeps the sign of zero, x + 0 does not
 }
 
+// b where either is NaN. Spelt with the instruction: GCC makes a comparison and a blend of the plain expression.
 template <typename T>
 inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_max_ps(a, b);
+  else return _mm512_max_pd(a, b);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return _mm256_max_ps(a, b);
+  else return _mm256_max_pd(a, b);
+#elif defined(__SSE2__)
+  if constexpr (sizeof(T) == 4) return _mm_max_ps(a, b);
+  else return _mm_max_pd(a, b);
+#else
   return a > b ? a : b;
+#endif
 }
 
 // The lanes 0, 1, 2, ...
@@ -100,28 +116,20 @@ struct Exp2Polynomial<double> {
   static constexpr double c[] = {1.00000000000000000e+00, 6.93147180559945286e-01, 2.40226506959101582e-01, 5.55041086648216248e-02, 9.61812910758725638e-03, 1.33335581464064708e-03, 1.54035304637243530e-04, 1.52527338415567733e-05, 1.32154325359123753e-06, 1.01780570877339407e-07, 7.07419429728852106e-09, 4.45581790833606449e-10};
 };
 
-// 2^x for x <= some hundreds; 0 where 2^x is not a normal number, so also for -inf. NaN stays NaN.
+// 2^x for x <= some hundreds. Exactly 0 for x <= -127 (-1023), -inf included; NaN stays NaN.
 template <typename T>
 inline Vec<T> exp2(Vec<T> x) {
   constexpr int bits = Lanes<T>::mantissa;
   constexpr T magic = T(3) * (std::int64_t(1) << (bits - 1));  // adding it rounds to an integer, kept in the low bits
-  constexpr T lowest = sizeof(T) == 4 ? T(-126) : T(-1022);
-  const Vec<T> floor = broadcast<T>(lowest);
-  const IntVec<T> tiny = x < floor;
-  x = tiny ? floor : x;
+  // Down here the exponent's field is 0 and the polynomial is exactly 1, which leaves no bit set.
+  x = maximum<T>(broadcast<T>(sizeof(T) == 4 ? T(-127) : T(-1023)), x);
   const Vec<T> shifted = x + magic;
   const Vec<T> f = x - (shifted - magic);
   constexpr int degree = sizeof(Exp2Polynomial<T>::c) / sizeof(T) - 1;
   Vec<T> p = broadcast<T>(Exp2Polynomial<T>::c[degree]);
 #pragma GCC unroll 16
   for (int k = degree - 1; k >= 0; --k) p = p * f + Exp2Polynomial<T>::c[k];
-  IntVec<T> result, exponent;
-  std::memcpy(&result, &p, sizeof p);
-  std::memcpy(&exponent, &shifted, sizeof shifted);
-  result += exponent << bits;
-  result &= ~tiny;
-  std::memcpy(&p, &result, sizeof p);
-  return p;
+  return (Vec<T>)((IntVec<T>)p + ((IntVec<T>)shifted << bits));
 }
 
 }  // namespace gdl

@@ -12,8 +12,8 @@ from . import _masks
 from ._build import BLOCKS_AT_ONCE, Grid, Stripe, assemble, from_masks, ranges, representatives, resolve, spans
 from ._layout import Layout
 
-#: Pairs expanded at once when an order is undone; bounds temporary memory to some 200 MB.
-_PAIRS_AT_ONCE = 2**21
+#: Pairs expanded at once when an order is undone; bounds temporary memory to some 100 MB.
+_PAIRS_AT_ONCE = 2**20
 
 
 def union(a: Layout, b: Layout) -> Layout:
@@ -39,8 +39,8 @@ def _combine(a: Layout, b: Layout, operation: Callable[[Tensor, Tensor], Tensor]
     def stripe(lines: slice) -> Stripe:
         keys, masks = [], []
         for layout, offset in ((a, 0), (b, len(a.mask_table))):
-            key, mask = _blocks(layout, grid, lines)
-            keys.append(key)
+            line, column, mask = _blocks(layout, grid, lines)
+            keys.append(line * grid.k_blocks + column)
             masks.append(torch.where(mask < 0, nothing - 1, mask + offset))
         key = torch.unique(torch.cat(keys))
         left, right = torch.full_like(key, nothing), torch.full_like(key, nothing)
@@ -50,7 +50,8 @@ def _combine(a: Layout, b: Layout, operation: Callable[[Tensor, Tensor], Tensor]
         def words(member: Tensor) -> Tensor:
             return operation(table[left[member]], table[right[member]])
 
-        return resolve(grid, key, left * len(table) + right, len(table) ** 2, words)
+        line = key // grid.k_blocks
+        return resolve(grid, line, key - line * grid.k_blocks, left * len(table) + right, len(table) ** 2, words)
 
     counts = _counts(a, grid) + _counts(b, grid)
     grid.check_count(int(counts.sum()))
@@ -93,8 +94,8 @@ def per_head(layouts: Sequence[Layout]) -> Layout:
 def _side_by_side(layouts: Sequence[Layout], grid: Grid) -> Iterator[Stripe]:
     head = 0
     for layout in layouts:
-        key, mask = _blocks(layout, _grid(layout, layout.heads))
-        yield Stripe(key + head * grid.q_blocks * grid.k_blocks, mask, layout.mask_table)
+        line, column, mask = _blocks(layout, _grid(layout, layout.heads))
+        yield Stripe(line + head * grid.q_blocks, column, mask, layout.mask_table)
         head += layout.heads
 
 
@@ -133,7 +134,9 @@ def _unordered(layout: Layout, grid: Grid, head: int) -> Iterator[Stripe]:
         # A sum of distinct bits is their union.
         word = (which * size + i % size) * table.shape[2] + j % size // 32
         words.view(-1).scatter_add_(0, word, torch.ones_like(j, dtype=torch.int32) << (j % size % 32).to(torch.int32))
-        yield from_masks(grid, (head * grid.q_blocks + top) * grid.k_blocks + block[member], words)
+        block = block[member]
+        row = block // grid.k_blocks
+        yield from_masks(grid, head * grid.q_blocks + top + row, block - row * grid.k_blocks, words)
 
 
 def _grid(layout: Layout, heads: int) -> Grid:
@@ -145,15 +148,17 @@ def _counts(layout: Layout, grid: Grid) -> Tensor:
     return layout.rows.starts.long().diff().repeat(grid.heads // layout.heads)
 
 
-def _blocks(layout: Layout, grid: Grid, lines: slice | None = None) -> tuple[Tensor, Tensor]:
-    """Keys of the kept blocks of some lines of the grid, ascending, and their masks."""
+def _blocks(layout: Layout, grid: Grid, lines: slice | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Lines of the grid, columns and masks of the kept blocks of some lines, in the order of a :class:`Stripe`."""
     line = grid.arange(grid.heads * grid.q_blocks)[lines or slice(None)]
     own = line % (layout.heads * grid.q_blocks)
     starts = layout.rows.starts.long()
     counts = starts[own + 1] - starts[own]
     entry = ranges(starts[own], counts)
-    key, place = torch.sort(torch.repeat_interleave(line, counts) * grid.k_blocks + layout.rows.blocks[entry])
-    return key, layout.rows.masks[entry[place]].long()
+    line = torch.repeat_interleave(line, counts)
+    column = layout.rows.blocks[entry].long()
+    place = torch.argsort(line * grid.k_blocks + column)
+    return line, column[place], layout.rows.masks[entry[place]].long()
 
 
 def _full_mask(grid: Grid) -> Tensor:

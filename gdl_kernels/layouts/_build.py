@@ -27,7 +27,7 @@ Keep = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Grid:
-    """The blocks of a layout. A block's key is ``(head * q_blocks + row) * k_blocks + column``."""
+    """The blocks of a layout. Line ``head * q_blocks + row`` holds block row ``row`` of a head."""
 
     n_q: int
     n_k: int
@@ -46,14 +46,11 @@ class Grid:
     def arange(self, end: int) -> Tensor:
         return torch.arange(end, device=self.device)
 
-    def split(self, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Head, block row and block column of each key."""
-        line = key // self.k_blocks
-        column = key - line * self.k_blocks
+    def head_and_row(self, line: Tensor) -> tuple[Tensor, Tensor]:
         if self.heads == 1:
-            return torch.zeros_like(line), line, column
+            return torch.zeros_like(line), line
         head = line // self.q_blocks
-        return head, line - head * self.q_blocks, column
+        return head, line - head * self.q_blocks
 
     def check_count(self, blocks: int) -> None:
         if blocks > INT32_MAX:
@@ -64,23 +61,24 @@ class Grid:
 
 
 class Stripe(NamedTuple):
-    """The kept blocks of some consecutive lines.
+    """The kept blocks of some consecutive lines, in order, columns ascending in each line.
 
     Attributes:
-        key: int64 ``(kept,)``, ascending.
-        mask: ``(kept,)``, -1 for a full block, else its mask's place in ``words``.
+        line, column: integers ``(kept,)``.
+        mask: integers ``(kept,)``, -1 for a full block, else its mask's place in ``words``.
         words: packed masks of partial blocks, rows past ``n_q`` as ones; may have repeats.
     """
 
-    key: Tensor
+    line: Tensor
+    column: Tensor
     mask: Tensor
     words: Tensor
 
 
 def ranges(starts: Tensor, counts: Tensor) -> Tensor:
     """``start, ..., start + count - 1`` for each start and count, end to end."""
-    shift = torch.repeat_interleave(starts - (counts.cumsum(0) - counts), counts)
-    return shift.add_(torch.arange(len(shift), device=shift.device))
+    shift = torch.repeat_interleave(starts - (counts.cumsum(0) - counts).to(starts.dtype), counts)
+    return shift.add_(torch.arange(len(shift), dtype=shift.dtype, device=shift.device))
 
 
 def representatives(classes: Tensor, bound: int) -> tuple[Tensor, Tensor]:
@@ -134,47 +132,52 @@ def from_predicate(
     inside = grid.arange(grid.block_size)
     total = counts.sum(1)
     grid.check_count(int(total.sum()))
+    dtype = torch.int32 if bound <= INT32_MAX else torch.int64  # building is bound by memory bandwidth
+    values = values if values is None else values.to(dtype)
 
     def stripe(lines: slice) -> Stripe:
-        column = ranges(starts[lines].flatten(), counts[lines].flatten())
+        column = ranges(starts[lines].flatten().to(dtype), counts[lines].flatten())
         if values is not None:
             column = values[column]
-        line = torch.repeat_interleave(torch.arange(lines.start, lines.stop, device=grid.device), total[lines])
-        key = line * grid.k_blocks + column
+        line = torch.arange(lines.start, lines.stop, dtype=dtype, device=grid.device)
+        line = torch.repeat_interleave(line, total[lines])
+        head, row = grid.head_and_row(line)
 
         def words(member: Tensor) -> Tensor:
             packed = []
-            for part in key[member].split(max(1, _POSITIONS_AT_ONCE // grid.block_size**2)):
-                head, row, column = grid.split(part)
-                i = (row * grid.block_size)[:, None, None] + inside[:, None]
-                j = (column * grid.block_size)[:, None, None] + inside
-                kept = keep(head[:, None, None], i, j).expand(len(part), grid.block_size, grid.block_size)
+            for part in member.split(max(1, _POSITIONS_AT_ONCE // grid.block_size**2)):
+                i = (row[part].long() * grid.block_size)[:, None, None] + inside[:, None]
+                j = (column[part].long() * grid.block_size)[:, None, None] + inside
+                kept = keep(head[part][:, None, None], i, j).expand(len(part), grid.block_size, grid.block_size)
                 packed.append(_masks.pack(kept.contiguous()))
             return torch.cat(packed)
 
-        return resolve(grid, key, classes(*grid.split(key)), bound, words)
+        return resolve(grid, line, column, classes(head, row, column), bound, words)
 
     return assemble(grid, map(stripe, spans(total, BLOCKS_AT_ONCE)), order=order, causal=causal)
 
 
-def resolve(grid: Grid, key: Tensor, classes: Tensor, bound: int, words: Callable[[Tensor], Tensor]) -> Stripe:
+def resolve(
+    grid: Grid, line: Tensor, column: Tensor, classes: Tensor, bound: int, words: Callable[[Tensor], Tensor]
+) -> Stripe:
     """Drop candidate blocks that keep nothing, and tell full ones from partial ones.
 
     Args:
-        key: candidate blocks, ascending.
+        line, column: candidate blocks, in the order of a :class:`Stripe`.
         classes: as in :func:`from_predicate`.
-        words: ``words(members)``: packed masks ``(members, block_size, words)`` of some places in ``key``.
+        words: ``words(members)``: packed masks ``(members, block_size, words)`` of the candidates at some places.
     """
-    if len(key) == 0:
-        return Stripe(key, key, no_masks(grid))
+    if len(line) == 0:
+        return Stripe(line, column, line, no_masks(grid))
     # Blocks at the ends have masks of their own: keys past n_k are dropped, and rows past n_q don't keep a block from
     # being full.
-    _, row, column = grid.split(key)
-    ends = 2 * (row == grid.q_blocks - 1) + (column == grid.k_blocks - 1).to(torch.uint8)
-    member, which = representatives(classes * 4 + ends, bound * 4)
-    row, column = row[member], column[member]
-    queries = (grid.n_q - row * grid.block_size).clamp(max=grid.block_size)
-    keys = (grid.n_k - column * grid.block_size).clamp(max=grid.block_size)
+    if grid.n_q % grid.block_size:
+        classes, bound = classes + bound * (grid.head_and_row(line)[1] == grid.q_blocks - 1), 2 * bound
+    if grid.n_k % grid.block_size:
+        classes, bound = classes + bound * (column == grid.k_blocks - 1), 2 * bound
+    member, which = representatives(classes, bound)
+    queries = (grid.n_q - grid.head_and_row(line[member])[1] * grid.block_size).clamp(max=grid.block_size)
+    keys = (grid.n_k - column[member] * grid.block_size).clamp(max=grid.block_size)
     exists = (grid.arange(grid.block_size) < queries[:, None])[:, :, None]  # [members, b, 1]
     first_bits = _masks.first_bits(grid.block_size, grid.device)
     possible = first_bits[keys][:, None]  # [members, 1, words]
@@ -183,17 +186,17 @@ def resolve(grid: Grid, key: Tensor, classes: Tensor, bound: int, words: Callabl
     mask = torch.where(exists, mask, possible)
     full = (mask == first_bits[-1]).flatten(1).all(1)
     partial = kept & ~full
-    index = torch.where(partial, partial.cumsum(0) - 1, torch.where(kept, -1, -2))[which]
+    index = torch.where(partial, partial.cumsum(0) - 1, torch.where(kept, -1, -2)).to(torch.int32)[which]
     if not bool(kept.all()):
         lasting = index > -2
-        key, index = key[lasting], index[lasting]
-    return Stripe(key, index, mask[partial])
+        line, column, index = line[lasting], column[lasting], index[lasting]
+    return Stripe(line, column, index, mask[partial])
 
 
-def from_masks(grid: Grid, key: Tensor, words: Tensor) -> Stripe:
-    """Candidate blocks, ascending, that each have a packed mask."""
+def from_masks(grid: Grid, line: Tensor, column: Tensor, words: Tensor) -> Stripe:
+    """The same of candidate blocks that each have a packed mask."""
     words, index = _masks.distinct(words)
-    return resolve(grid, key, index, len(words), lambda members: words[index[members]])
+    return resolve(grid, line, column, index, len(words), lambda members: words[index[members]])
 
 
 def assemble(
@@ -206,24 +209,20 @@ def assemble(
         order: as :class:`Layout`; None when places are positions.
         causal: as :class:`Layout`; found out here if None, which needs ``order`` to be None too.
     """
-    counts = torch.zeros(
-        2, grid.heads * grid.q_blocks, dtype=torch.int64, device=grid.device
-    )  # of full, partial blocks
+    counts = torch.zeros(grid.heads * grid.q_blocks, 2, dtype=torch.int64, device=grid.device)  # full, partial
     blocks, masks, table, size = [], [], [], 0
-    for key, mask, words in stripes:
-        if len(key) == 0:
+    for line, column, mask, words in stripes:
+        if len(line) == 0:
             continue
         words, index = _masks.distinct(words)
-        mask = torch.cat([index + size, index.new_full((1,), -1)])[mask].to(torch.int32)
+        mask = torch.cat([index + size, index.new_full((1,), -1)]).to(torch.int32)[mask]
         size += len(words)
         table.append(words)
-        line = key // grid.k_blocks
         first, last = int(line[0]), int(line[-1])
-        partial = mask >= 0
-        for kind, of_kind in enumerate((~partial, partial)):
-            counts[kind, first : last + 1] += torch.bincount(line[of_kind] - first, minlength=last - first + 1)
-        place = torch.argsort(((line - first) * 2 + partial).to(torch.int32), stable=True)
-        blocks.append((key - line * grid.k_blocks)[place].to(torch.int32))
+        group = (line - first) * 2 + (mask >= 0)
+        counts[first : last + 1] += torch.bincount(group, minlength=2 * (last - first + 1)).view(-1, 2)
+        place = torch.argsort(group.to(torch.int32), stable=True)
+        blocks.append(column[place].to(torch.int32))
         masks.append(mask[place])
     words, index = _masks.distinct(torch.cat([*table, no_masks(grid)]))
     mask = torch.cat([index, index.new_full((1,), -1)]).to(torch.int32)
@@ -242,28 +241,26 @@ def no_masks(grid: Grid) -> Tensor:
 
 
 def _lists(heads: int, counts: Tensor, blocks: Tensor, masks: Tensor) -> BlockLists:
-    """Lists of sorted blocks, from the counts ``(2, heads * lines)`` of full and of partial ones in each line."""
-    ends = counts.sum(0).cumsum(0)
+    """Lists of sorted blocks, from the counts ``(heads * lines, 2)`` of full and of partial ones in each line."""
+    ends = counts.sum(1).cumsum(0)
     starts = torch.cat([ends.new_zeros(1), ends])
-    splits = (starts[:-1] + counts[0]).view(heads, -1)
+    splits = (starts[:-1] + counts[:, 0]).view(heads, -1)
     return BlockLists(starts.to(torch.int32), splits.to(torch.int32), blocks, masks)
 
 
 def _transposed(grid: Grid, rows: BlockLists) -> BlockLists:
     row = torch.arange(grid.q_blocks, dtype=torch.int32, device=grid.device)
-    counts, rows_of_columns, masks = [], [], []
+    counts, blocks, masks = [], [], []
     for head in range(grid.heads):
         starts = rows.starts[head * grid.q_blocks : (head + 1) * grid.q_blocks + 1].long()
         here = slice(int(starts[0]), int(starts[-1]))
-        block, mask = rows.blocks[here], rows.masks[here]
-        partial = mask >= 0
-        place = torch.argsort(block * 2 + partial, stable=True)
-        rows_of_columns.append(torch.repeat_interleave(row, starts.diff())[place])
+        mask = rows.masks[here]
+        group = rows.blocks[here] * 2 + (mask >= 0)
+        place = torch.argsort(group, stable=True)
+        blocks.append(torch.repeat_interleave(row, starts.diff())[place])
         masks.append(mask[place])
-        counts.append(
-            torch.stack([torch.bincount(block[kind], minlength=grid.k_blocks) for kind in (~partial, partial)])
-        )
-    return _lists(grid.heads, torch.cat(counts, 1), torch.cat(rows_of_columns), torch.cat(masks))
+        counts.append(torch.bincount(group, minlength=2 * grid.k_blocks).view(-1, 2))
+    return _lists(grid.heads, torch.cat(counts), torch.cat(blocks), torch.cat(masks))
 
 
 def _is_causal(grid: Grid, rows: BlockLists, table: Tensor) -> bool:

@@ -267,7 +267,7 @@ def from_mask(mask: Tensor, *, block_size: int = 64) -> Layout:
         padded[:, :, :n_k] = mask[head[:, None], query.clamp(max=n_q - 1)]
         tiles = padded.unflatten(2, (grid.k_blocks, block_size)).transpose(1, 2)  # [lines, columns, b, b]
         which, column = tiles.any(-1).any(-1).nonzero(as_tuple=True)
-        return from_masks(grid, line[which] * grid.k_blocks + column, _masks.pack(tiles[which, column]))
+        return from_masks(grid, line[which], column, _masks.pack(tiles[which, column]))
 
     return assemble(grid, map(stripe, spans(costs, _MASK_AT_ONCE)))
 

@@ -53,6 +53,16 @@ def backward(
     value: Tensor, out: Tensor, lse: Tensor, key_padding_mask: Tensor | None, layout: list[Tensor], sizes: list[int],
     scale: float, query_start: int, _backend: str,
 ) -> None:  # fmt: skip
+    group, order = query.shape[1] // key.shape[1], layout[9]
+    if group > 1 and order.shape[0] > 1:
+        # The kernel sums a key's gradients in the order of places, which query heads on one key head must then share.
+        key, value = (t.repeat_interleave(group, 1) for t in (key, value))
+        grads = (outputs[0], torch.empty_like(key), torch.empty_like(value))
+        rest = (key_padding_mask, layout, sizes, scale, query_start, _backend)
+        backward(grads, grad_out, grad_lse, query, key, value, out, lse, *rest)
+        for total, grad in zip(outputs[1:], grads[1:]):
+            torch.sum(grad.unflatten(1, (-1, group)), 2, out=total)
+        return
     padding = None if key_padding_mask is None else key_padding_mask.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     _native.cpu_module().sparse_attention_backward(

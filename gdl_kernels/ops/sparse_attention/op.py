@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ... import _backends, _native
 from ..._registration import register
-from ...layouts import BlockLists, Layout
+from ...layouts import BlockLists, Layout, from_mask
 from . import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -37,7 +38,28 @@ def _triton_reasons(query: Tensor, key: Tensor, value: Tensor, layout: Layout, *
     return reasons
 
 
-choices = _backends.add_op("sparse_attention", {"cpu": _cpu_reasons, "triton": _triton_reasons})
+def _examples() -> Iterator[_backends.Example]:
+    """Full, partial and empty blocks, lengths that no block divides, shared keys, and a row that keeps nothing."""
+
+    def heads(count: int, positions: int, features: int) -> Tensor:
+        return torch.randn(2, count, positions, features, requires_grad=True)
+
+    near = torch.ones(200, 200).tril().triu(-90).bool()
+    yield _backends.Example(
+        "local, 4 heads on 2", (heads(4, 200, 64), heads(2, 200, 64), heads(2, 200, 64), from_mask(near))
+    )
+    scattered = torch.rand(2, 5, 9).gt(0.5).repeat_interleave(32, 1).repeat_interleave(32, 2)[:, :150, :270]
+    scattered &= torch.rand(2, 150, 270).gt(0.2)
+    scattered[:, 7] = False
+    padding = torch.rand(2, 270).gt(0.9)
+    yield _backends.Example(
+        "scattered, padding, lse",
+        (heads(2, 100, 40), heads(2, 270, 40), heads(2, 270, 24), from_mask(scattered, block_size=32)),
+        {"key_padding_mask": padding, "return_lse": True, "query_start": 3, "scale": 0.3},
+    )
+
+
+choices = _backends.add_op("sparse_attention", {"cpu": _cpu_reasons, "triton": _triton_reasons}, _examples)
 
 
 def _outputs(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,73 @@
+# make demo · make test · make gpu
+#
+# Each does its own set-up with pip, in .venv, and a second run is quick. PYTHON is the Python to make .venv with; given to
+# `make gpu` it is the very Python to run with, and nothing is installed.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -qq
+
+TORCH := torch==2.13.0
+TRITON := triton==3.7.0
+# Without an NVIDIA GPU, PyTorch's own CPU wheel: the default one brings gigabytes of CUDA along. pip goes on without the
+# index where it can't be reached.
+TORCH_INDEX := $(shell command -v nvidia-smi >/dev/null || echo --extra-index-url https://download.pytorch.org/whl/cpu)
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: demo test gpu clean
+
+say = @printf '\033[1m== %s\033[0m\n'
+
+demo: $(VENV)/installed
+	$(say) "What is built and usable here"
+	@$(PY) -m gdl_kernels info
+	$(say) "Is every kernel right on this machine?"
+	@$(PY) -m gdl_kernels verify
+	$(say) "MuseNet on Bach chorales, on our kernels and in plain PyTorch"
+	@$(PY) -m models compare musenet
+
+test: $(VENV)/installed
+	$(say) "ruff"
+	@$(VENV)/bin/ruff check --quiet .
+	$(say) "mypy"
+	@$(VENV)/bin/mypy
+	$(say) "pytest"
+	@$(PY) -m pytest -q -m "not gpu"
+
+ifeq ($(origin PYTHON),file)
+gpu: $(VENV)/installed
+	@$(PY) benchmarks/gpu.py
+else
+gpu:
+	@$(PYTHON) benchmarks/gpu.py
+endif
+
+clean:
+	rm -rf $(VENV) build *.egg-info gdl_kernels/*.so gdl_kernels/_build_info.json
+
+$(VENV)/created:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+	    { echo "Python 3.10 to 3.13 is needed, and $(PYTHON) is not one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	$(say) "Making a virtual environment in $(VENV)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+# Short of retries, for an index that can't be reached would otherwise cost minutes. Torch's dependencies come later.
+$(VENV)/torch: $(VENV)/created Makefile
+	$(say) "Installing $(TORCH)"
+	@$(PIP) install --no-deps --retries 1 --timeout 60 $(TORCH_INDEX) $(TORCH)
+	@$(PIP) install 'setuptools>=77' wheel 'pybind11>=2.13'
+	@touch $@
+
+$(VENV)/compiled: $(VENV)/torch setup.py $(shell find csrc -type f)
+	$(say) "Compiling the kernels"
+	@GDL_KERNELS_REQUIRE_NATIVE=1 $(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(VENV)/installed: $(VENV)/compiled pyproject.toml
+	$(say) "Installing gdl_kernels and what its tests, models and pictures need"
+	@GDL_KERNELS_REQUIRE_NATIVE=1 $(PIP) install --no-build-isolation $(TORCH) $(TRITON) -e '.[dev,models,plot,triton]'
+	@touch $@

@@ -1,0 +1,82 @@
+"""The command line: ``python -m benchmarks``."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import Annotated, cast
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from . import ops, record
+from .cases import OpBenchmark
+from .machine import machine
+from .results import Bar, Result
+from .runner import run
+from .tables import bars_table, result_table
+from .timing import FULL, QUICK
+
+app = typer.Typer(add_completion=False)
+
+
+def op_names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(ops.__path__))
+
+
+def _chosen_ops(names: list[str]) -> list[str]:
+    for name in names:
+        if name not in op_names():
+            raise typer.BadParameter(f"must be one of {', '.join(op_names())}, got {name!r}", param_hint="--op")
+    return names or op_names()
+
+
+def _chosen_device(name: str | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"must be cpu or cuda, got {name!r}", param_hint="--device")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("is cuda, but torch sees no CUDA GPU", param_hint="--device")
+    return torch.device(name)
+
+
+@app.command()
+def main(
+    op: Annotated[list[str] | None, typer.Option(help="An op; may be given again. All ops by default.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases and rounds: two minutes on two cores.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. A GPU by default, where there is one.")] = None,
+    json: Annotated[Path | None, typer.Option(dir_okay=False, help="Also write the run to this file.")] = None,
+) -> None:
+    """Measure ops against their rivals on this machine.
+
+    A contestant whose output is wrong has no time, and the exit status is then 1.
+    """
+    chosen, on = _chosen_ops(op or []), _chosen_device(device)
+    console = Console()
+    console.print(", ".join(f"{name} {value}" for name, value in machine(on).items() if value is not None))
+    results: list[Result] = []
+    bars: list[Bar] = []
+    for name in chosen:
+        benchmark = cast(OpBenchmark, importlib.import_module(f"{ops.__name__}.{name}"))
+        measured = []
+        with console.status("") as status:
+            for case in benchmark.cases(on, quick):
+                measured.append(run(name, case, QUICK if quick else FULL, lambda text: status.update(escape(text))))
+                console.print(result_table(measured[-1]))
+        results += measured
+        bars += benchmark.bars(measured)
+    console.print(bars_table(bars))
+    if json is not None:
+        record.write(json, record.document(results, bars, on, quick))
+    wrong = [f"{result.case}: {row.contestant}" for result in results for row in result.rows if row.status == "wrong"]
+    if wrong:
+        console.print(f"[red]Wrong outputs: {escape('; '.join(wrong))}")
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m benchmarks")

@@ -1,0 +1,92 @@
+"""What a benchmark is made of.
+
+An op's benchmark is one file, ``benchmarks/ops/<op>.py``, found by its name. It has the two functions of
+:class:`OpBenchmark`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from gdl_kernels._backends import Explanation
+
+from .ceilings import Ceiling, matrix_product
+
+if TYPE_CHECKING:
+    from .results import Bar, Result
+
+Inputs = tuple[Tensor, ...]
+#: Computes one output or several from a case's inputs.
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is computed, and how much work that is.
+
+    Attributes:
+        truth: the task on inputs that are float64, as the measure of every error.
+        plain: the task in plain PyTorch in the inputs' own dtype. Twice its error is allowed.
+        flops: floating-point operations that one call needs, however many a contestant executes.
+        bytes: memory traffic that one call needs: each input read once, each output written once.
+    """
+
+    truth: Function
+    plain: Function
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way to do a case's task.
+
+    Attributes:
+        function: called with the case's inputs.
+        task: given for a yardstick: it computes something else than the case asks, and is checked against that.
+        explain: given for ours: ``gdl_kernels.explain`` of the call. Where it says ``reference``, nothing is timed.
+    """
+
+    name: str
+    function: Function
+    task: Task | None = None
+    explain: Callable[..., Explanation] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One task at one size, and who competes at it.
+
+    Attributes:
+        name: unique within the op.
+        shape: the sizes, for people.
+        inputs: fresh random inputs, from a generator on ``device``.
+        contestants: in the order in which they take turns.
+        ceiling: what the machine itself can do; the rate in rows is a share of it.
+        growth: the name of the curve of which this case is one point, and its size there.
+    """
+
+    name: str
+    shape: str
+    dtype: torch.dtype
+    device: torch.device
+    inputs: Callable[[torch.Generator], Inputs]
+    task: Task
+    contestants: Sequence[Contestant]
+    ceiling: Callable[[torch.dtype, torch.device], Ceiling] = matrix_product
+    growth: tuple[str, int] | None = None
+
+
+class OpBenchmark(Protocol):
+    """What ``benchmarks/ops/<op>.py`` offers."""
+
+    def cases(self, device: torch.device, quick: bool) -> Iterator[Case]:
+        """The cases one by one, each built when it is reached: only one case's tensors exist at a time."""
+
+    def bars(self, results: Sequence[Result]) -> list[Bar]:
+        """What is asked of the op, beside what was measured."""

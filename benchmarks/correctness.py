@@ -1,0 +1,43 @@
+"""Is an output right? Asked of every contestant before it is timed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+Outputs = Tensor | tuple[Tensor, ...]
+
+
+def _errors(output: Tensor, truth: Tensor) -> tuple[float, float]:
+    difference = output.double() - truth
+    return difference.abs().max().item(), difference.square().mean().sqrt().item()
+
+
+def error_share(outputs: Outputs, plain: Outputs, truth: Outputs) -> float:
+    """The error of ``outputs``, as a share of what is allowed: twice that of ``plain``, plus a unit in the last place.
+
+    Both the largest and the root-mean-square error count: the first finds one wrong element, the second a wrong region
+    whose values are small beside the largest ones. NaN counts as infinitely wrong.
+
+    Raises:
+        ValueError: if the number of outputs, or a shape or dtype, is not that of ``plain``.
+    """
+    given, expected, exact = map(_tuple, (outputs, plain, truth))
+    if len(given) != len(expected):
+        raise ValueError(f"it gave {len(given)} outputs, must be {len(expected)}")
+    shares = []
+    for ours, theirs, right in zip(given, expected, exact):
+        if ours.shape != right.shape or ours.dtype != theirs.dtype:
+            raise ValueError(f"output is {ours.dtype} {tuple(ours.shape)}, must be {theirs.dtype} {tuple(right.shape)}")
+        sizes = right.abs().max().item(), right.square().mean().sqrt().item()
+        ulp = torch.finfo(ours.dtype).eps  # for inputs on which plain PyTorch happens to be exact
+        for error, plain_error, size in zip(_errors(ours, right), _errors(theirs, right), sizes):
+            share = error / (2 * plain_error + ulp * size) if error else 0.0
+            shares.append(math.inf if math.isnan(share) else share)
+    return max(shares)
+
+
+def _tuple(outputs: Outputs) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else outputs

@@ -1,0 +1,88 @@
+"""Results for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from .results import Bar, Result, Row
+
+_NOTHING = "–"
+
+
+def result_table(result: Result) -> Table:
+    table = _table(f"{result.op}: {result.case}\n[not bold]{escape(result.shape)}")
+    table.add_column("contestant")
+    for heading in ("ms (quartiles)", "rate", "of ceiling", "ours faster", "memory"):
+        table.add_column(heading, justify="right")
+    table.add_row(*_cells(result, result.ceiling), style="dim", end_section=True)
+    for row in result.rows:
+        table.add_row(*_cells(result, row), style="green" if row.ours else None)
+    table.caption = "\n".join(note for row in result.rows if (note := _note(row)))
+    return table
+
+
+def bars_table(bars: Sequence[Bar]) -> Table:
+    table = _table("Asked and measured")
+    table.add_column("claim")
+    table.add_column("asked", justify="right")
+    table.add_column("measured", justify="right")
+    table.add_column("")
+    for bar in bars:
+        verdict = {True: "[green]met", False: "[red]missed", None: "[yellow]not measured"}[bar.met]
+        asked = f"{'≤' if bar.at_most else '≥'} {_bar_value(bar, bar.asked)}"
+        measured = _NOTHING if bar.measured is None else _bar_value(bar, bar.measured)
+        table.add_row(bar.claim, asked, measured, verdict)
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", caption_justify="left", box=box.SIMPLE_HEAD)
+
+
+def _name(row: Row) -> str:
+    return f"{row.contestant} ({row.backend})" if row.backend else row.contestant + ("*" if row.yardstick else "")
+
+
+def _cells(result: Result, row: Row) -> list[str]:
+    median, quartiles = row.median_ms, row.quartiles_ms
+    time = _NOTHING if median is None else _ms(median)
+    if quartiles is not None:
+        time += f" ({_ms(quartiles[0])}–{_ms(quartiles[1])})"
+    return [
+        _name(row),
+        time,
+        _rate(row.flops_per_s),
+        _show(result.share_of_ceiling(row), "{:.0%}"),
+        _NOTHING if row.ours or row is result.ceiling else _show(result.speed_up(row), "{:.2f}×"),
+        _show(None if row.peak_bytes is None else row.peak_bytes / 2**20, "{:,.0f} MiB"),
+    ]
+
+
+def _ms(value: float) -> str:
+    return f"{value:.4g}" if value < 1000 else f"{value:,.0f}"
+
+
+def _note(row: Row) -> str:
+    if row.status == "wrong":
+        return f"[red]{_name(row)}: wrong: {escape(row.reason)}[/red]"
+    if row.status == "unavailable":
+        return f"{_name(row)}: not available: {escape(row.reason)}"
+    return f"* {row.contestant}: a yardstick, it computes another function" if row.yardstick else ""
+
+
+def _rate(flops_per_s: float | None) -> str:
+    if flops_per_s is None:
+        return _NOTHING
+    return f"{flops_per_s / 1e12:.3g} TFLOP/s" if flops_per_s >= 1e12 else f"{flops_per_s / 1e9:.3g} GFLOP/s"
+
+
+def _bar_value(bar: Bar, value: float) -> str:
+    return f"{value:.0%}" if bar.unit == "%" else f"{value:.2f}{bar.unit}"
+
+
+def _show(value: float | None, form: str) -> str:
+    return _NOTHING if value is None else form.format(value)

@@ -1,0 +1,69 @@
+"""Image tensors as the kernels read them: (N, C, pixels), in lines of numbers next to each other in memory.
+
+A line is the pixels of a channel, or with channels last the channels of a pixel. Every slice and view with such lines
+is read where it is.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Lines(NamedTuple):
+    """A tensor's strides from image to image and from line to line, in elements."""
+
+    tensor: Tensor
+    image: int
+    line: int
+
+    def array(self) -> tuple[int, int, int]:
+        """What a binding takes. The caller keeps the tensor."""
+        return self.tensor.data_ptr(), self.image, self.line
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether a pixel's channels are next to each other. Not so for one channel: then the pixels are."""
+    return x.shape[1] > 1 and x.stride(1) == 1
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """Memory for an output like ``x``: dense, with channels last where ``x`` has them last."""
+    if channels_last(x):
+        return x.new_empty(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
+    return x.new_empty(x.shape)
+
+
+def shape(x: Tensor) -> tuple[int, int, int]:
+    """(N, C, pixels)."""
+    return x.shape[0], x.shape[1], math.prod(x.shape[2:])
+
+
+def lines(x: Tensor, last: bool) -> Lines:
+    """The tensor itself where it has the lines that are asked for, else a copy that has."""
+    pixel = _pixel_stride(x)
+    if pixel is not None:
+        if last and (x.stride(1) == 1 or x.shape[1] == 1):
+            return Lines(x, x.stride(0), pixel)
+        if not last and (pixel == 1 or math.prod(x.shape[2:]) == 1):
+            return Lines(x, x.stride(0), x.stride(1))
+    _, channels, pixels = shape(x)
+    if last:
+        return Lines(x.movedim(1, -1).contiguous().movedim(-1, 1), pixels * channels, channels)
+    return Lines(x.contiguous(), channels * pixels, pixels)
+
+
+def _pixel_stride(x: Tensor) -> int | None:
+    """The stride from pixel to pixel, if one stride walks all spatial dimensions."""
+    pixel = after = None
+    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:])):
+        if size == 1:
+            continue
+        if pixel is None:
+            pixel = stride
+        elif stride != after:
+            return None
+        after = stride * size
+    return 1 if pixel is None else pixel

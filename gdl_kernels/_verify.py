@@ -1,0 +1,162 @@
+"""Checks every kernel that this machine can run, on fresh random numbers, against float64."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from . import _backends, _native
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One example of one op on one backend in one dtype.
+
+    Attributes:
+        what: the output or gradient that came closest to its allowance or went furthest past it.
+        error: its largest error.
+        allowed: twice that of plain PyTorch in the same dtype, and a unit in the last place.
+        verdict: "right", "wrong", "raised", or "can't" where the backend doesn't serve such a call.
+        why: what was raised, or why the backend doesn't serve it.
+    """
+
+    op: str
+    example: str
+    backend: str
+    dtype: str
+    what: str = ""
+    error: float = 0.0
+    allowed: float = 0.0
+    verdict: str = "right"
+    why: str = ""
+
+
+def not_run() -> dict[tuple[str, str], str]:
+    """By op and backend, why kernels of ours can't run on this machine."""
+    return {
+        (name, backend): "; ".join(missing)
+        for name, choices in _backends.ops().items()
+        for backend in choices.reasons
+        if (missing := _native.missing(backend))
+    }
+
+
+def checks(seed: int, op: str | None = None) -> Iterator[Check]:
+    """Check every op, or one, on each backend that runs here, in each dtype, forward and backward."""
+    skipped = not_run()
+    for name, choices in _backends.ops().items():
+        if op not in (None, name):
+            continue
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            examples = list(choices.examples())
+        for backend in choices.reasons:
+            if (name, backend) in skipped:
+                continue
+            for example in examples:
+                for dtype in DTYPES:
+                    yield _check(choices, example, backend, dtype, seed)
+
+
+def _check(
+    choices: _backends.Choices, example: _backends.Example, backend: str, dtype: torch.dtype, seed: int
+) -> Check:
+    import gdl_kernels
+
+    function = getattr(gdl_kernels, choices.op)
+    device = torch.device("cpu" if backend == "cpu" or not torch.cuda.is_available() else "cuda")
+    row = Check(choices.op, example.name, backend, str(dtype).removeprefix("torch."))
+    args, kwargs, _ = _prepared(example, device, dtype, dtype)
+    if reasons := choices.why_not(backend, *args, **kwargs):
+        return replace(row, verdict="can't", why="; ".join(reasons))
+    try:
+        with _poisoned_memory():
+            ours = _run(function, example, backend, device, dtype, dtype, seed)
+        plain = _run(function, example, "reference", device, dtype, dtype, seed)
+        exact = _run(function, example, "reference", torch.device("cpu"), dtype, torch.float64, seed)
+    except Exception as error:  # whatever a broken kernel raises belongs in the table, beside the others
+        return replace(row, verdict="raised", why=f"{type(error).__name__}: {error}")
+    results = ((_compare(ours[what], plain[what], exact[what], dtype), what) for what in ours)
+    (share, largest, allowed), what = max(results)
+    return replace(row, what=what, error=largest, allowed=allowed, verdict="right" if share <= 1 else "wrong")
+
+
+def _prepared(
+    example: _backends.Example, device: torch.device, rounded: torch.dtype, dtype: torch.dtype
+) -> tuple[tuple[Any, ...], dict[str, Any], list[Tensor]]:
+    """The example's arguments on a device, rounded to one dtype and held in another, and those to differentiate by."""
+    leaves = []
+
+    def prepare(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.requires_grad:
+            leaves.append(value.detach().to(rounded).to(device, dtype).requires_grad_())
+            return leaves[-1]
+        if isinstance(value, Tensor):
+            return value.to(device, copy=True)  # running statistics are written to
+        return value.to(device) if hasattr(value, "to") else value
+
+    args, kwargs = tree_map(prepare, (example.args, dict(example.kwargs)))
+    return args, kwargs, leaves
+
+
+def _run(
+    function: Callable[..., Any],
+    example: _backends.Example,
+    backend: str,
+    device: torch.device,
+    rounded: torch.dtype,
+    dtype: torch.dtype,
+    seed: int,
+) -> dict[str, Tensor]:
+    args, kwargs, leaves = _prepared(example, device, rounded, dtype)
+    outputs = function(*args, **kwargs, backend=backend)
+    outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+    differentiable = [output for output in outputs if output.requires_grad]
+    generator = torch.Generator().manual_seed(seed + 1)  # not the inputs again
+    cotangents = [
+        torch.randn(output.shape, generator=generator).to(rounded).to(device, output.dtype) for output in differentiable
+    ]
+    gradients = torch.autograd.grad(differentiable, leaves, cotangents)
+    named = {f"output {i}": output for i, output in enumerate(outputs)}
+    return {**named, **{f"gradient {i}": gradient for i, gradient in enumerate(gradients)}}
+
+
+def _compare(ours: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Largest error as a share of what is allowed; error; allowed."""
+    if ours.shape != plain.shape or ours.dtype != plain.dtype:
+        return torch.inf, torch.inf, 0.0
+    ours, plain, exact = (tensor.detach().double().cpu() for tensor in (ours, plain, exact))
+    finite = exact.isfinite()
+    if not ours[finite].isfinite().all() or not torch.equal(ours[~finite], exact[~finite]):
+        return torch.inf, torch.inf, 0.0
+    if not finite.any():
+        return 0.0, 0.0, 0.0
+    error = (ours - exact)[finite].abs().max().item()
+    # In float64 plain PyTorch is the judge, and how far off it is itself is not known: some rounding steps are allowed.
+    ulps = 32 if dtype == torch.float64 else 1
+    floor = ulps * torch.finfo(dtype).eps * exact[finite].abs().max().item()
+    allowed = 2 * (plain - exact)[finite].abs().max().item() + floor
+    return (error / allowed if allowed else torch.inf * error if error else 0.0), error, allowed
+
+
+@contextmanager
+def _poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN, so that what a kernel forgets to write is seen."""
+    was_on = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(was_on, warn_only=warn_only)

@@ -1,0 +1,48 @@
+"""Pixelwise feature vector normalisation."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from . import op, reference
+
+
+def pixel_norm(x: Tensor, *, eps: float = 1e-8, backend: str | None = None) -> Tensor:
+    """Scale every pixel's feature vector to unit root mean square (ProGAN, arXiv 1710.10196, section 4.2).
+
+    ``y[n, c, h, w] = x[n, c, h, w] / sqrt(mean_c(x[n, c, h, w] ** 2) + eps)``
+
+    Args:
+        x: ``(N, C, *spatial)``, floating point, any strides.
+        eps: added under the root; must be positive.
+        backend: overrides the backend of this call.
+
+    Returns:
+        A tensor like ``x``, contiguous or, where ``x`` is, channels last. Autocast leaves its dtype alone.
+        Accumulates in float32, in float64 for float64. Differentiable without limit, under ``torch.compile`` once.
+
+    Raises:
+        ValueError: if ``x`` has fewer than two dimensions, or ``eps`` is not positive and finite.
+        TypeError: if ``x`` is not floating point.
+        RuntimeError: if ``backend`` was given and can't serve the call.
+    """
+    _check(x, eps)
+    chosen = op.choices.pick(x.device, backend, x, eps=eps)
+    if chosen == "reference":
+        return reference.pixel_norm(x, eps)
+    return op.forward(x, eps, chosen)
+
+
+def _check(x: Tensor, eps: float) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.dtype not in op.DTYPES:
+        raise TypeError(f"x must be float32, float16, bfloat16 or float64, got {x.dtype}")
+    if x.dim() < 2:
+        raise ValueError(f"x must be (N, C, *spatial), got shape {tuple(x.shape)}")
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps must be positive and finite, got {eps}")

@@ -1,0 +1,28 @@
+"""Launches the CUDA kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _images, _native
+
+
+def forward(y: Tensor, x: Tensor, eps: float, backend: str) -> None:
+    _launch("pixel_norm_forward", eps, x, y)
+
+
+def backward(dx: Tensor, grad: Tensor, x: Tensor, eps: float, backend: str) -> None:
+    _launch("pixel_norm_backward", eps, grad, x, dx)
+
+
+def _launch(kernel: str, eps: float, *tensors: Tensor) -> None:
+    """``tensors`` ends with the output."""
+    out = tensors[-1]
+    last = _images.channels_last(out)
+    with torch.cuda.device(out.device):
+        lines = [_images.lines(t, last) for t in tensors]
+        dtype = str(out.dtype).removeprefix("torch.")
+        arrays = (line.array() for line in lines)
+        stream = torch.cuda.current_stream().cuda_stream
+        getattr(_native.cuda_module(), kernel)(dtype, _images.shape(out), last, eps, *arrays, stream)

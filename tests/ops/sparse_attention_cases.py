@@ -1,0 +1,135 @@
+"""Calls of sparse_attention that every backend has to get right, each with the reason why it is there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gdl_kernels
+from gdl_kernels import layouts
+from tests.accuracy import assert_accurate
+
+
+def scattered(n_q: int, n_k: int, block_size: int, heads: int = 1, seed: int = 0) -> layouts.Layout:
+    """Full, partial and missing blocks in one layout, and a row that keeps nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(heads, n_q, n_k, generator=generator) < 0.3
+    mask[:, :block_size, :block_size] = True
+    mask[:, block_size : 2 * block_size, :block_size] = False
+    mask[:, n_q // 2] = False
+    return layouts.from_mask(mask if heads > 1 else mask[0], block_size=block_size)
+
+
+def permuted(n: int, block_size: int) -> layouts.Layout:
+    """Places in a random order: the kernels read through `order`, which here follows no pattern."""
+    layout = scattered(n, n, block_size)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(1)).to(torch.int32)
+    return dataclasses.replace(layout, order=order[None])
+
+
+def mixed_orders(n: int) -> layouts.Layout:
+    return layouts.per_head([layouts.strided(n, 7, block_size=32), layouts.local(n, 40, block_size=32)])
+
+
+@dataclass(frozen=True)
+class Case:
+    """Why it is there, the layout, and the call's sizes."""
+
+    reason: str
+    layout: Callable[[], layouts.Layout]
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 2
+    n_q: int | None = None
+    n_k: int | None = None
+    head_dim: int = 16
+    value_dim: int = 16
+    query_start: int = 0
+    padding: bool = False
+    transposed: bool = False
+
+    def __str__(self) -> str:
+        return self.reason.replace(" ", "-")
+
+
+CASES = [
+    Case("lengths that no block divides", lambda: scattered(150, 170, 64), batch=2),
+    Case("blocks of 16", lambda: scattered(70, 70, 16)),
+    Case("blocks of 32", lambda: scattered(100, 80, 32)),
+    Case("blocks of 128 are two tiles", lambda: scattered(200, 190, 128)),
+    Case("fewer positions than a block", lambda: scattered(10, 11, 64)),
+    Case("causal", lambda: layouts.causal(130, block_size=32)),
+    Case("everything kept", lambda: layouts.full(64, 100, block_size=32)),
+    Case("grouped key heads", lambda: scattered(90, 90, 32), heads=6, kv_heads=2),
+    Case("a head each with unequal counts", lambda: scattered(90, 90, 32, heads=3), heads=3, kv_heads=3),
+    Case("a head each over shared key heads", lambda: scattered(90, 90, 32, heads=4), heads=4, kv_heads=2),
+    Case("values of another size", lambda: scattered(60, 60, 32), head_dim=24, value_dim=40),
+    Case("head sizes that no vector divides", lambda: scattered(60, 60, 32), head_dim=7, value_dim=5),
+    Case("head size 80", lambda: scattered(60, 60, 32), head_dim=80, value_dim=80),
+    Case("one feature", lambda: scattered(40, 40, 16), head_dim=1, value_dim=1),
+    Case("features not contiguous", lambda: scattered(60, 60, 32), transposed=True),
+    Case("padded keys", lambda: scattered(90, 90, 32), batch=3, padding=True),
+    Case("strided order", lambda: layouts.strided(96, 7, block_size=32)),
+    Case("any order", lambda: permuted(90, 32), batch=2, padding=True),
+    Case("an order for each head", lambda: mixed_orders(90)),
+    Case("an order for each head over one key head", lambda: mixed_orders(90), kv_heads=1),
+    Case("one query of many", lambda: scattered(130, 100, 32), n_q=1, query_start=77),
+    Case("three queries over a block's edge", lambda: scattered(130, 100, 32), n_q=3, query_start=63),
+    Case("the last query", lambda: layouts.causal(130, block_size=64), n_q=1, query_start=129),
+    Case("a cache that is still growing", lambda: layouts.causal(130, block_size=32), n_q=3, n_k=72, query_start=69),
+    Case("a growing cache in strided order", lambda: layouts.strided(96, 5, block_size=16), n_q=2, n_k=50, query_start=48),
+    Case("local and summary columns", lambda: layouts.fixed(150, 32, 8, block_size=16)),
+    Case("a window with sinks", lambda: layouts.sliding_with_sinks(150, 20, 3, block_size=32)),
+    Case("no batch", lambda: scattered(40, 40, 16), batch=0),
+]
+
+GRADIENTS = ("query", "key", "value")
+
+
+def inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], dict[str, Any]]:
+    layout = case.layout()
+    n_q = layout.n_q if case.n_q is None else case.n_q
+    n_k = layout.n_k if case.n_k is None else case.n_k
+    shapes = [
+        (case.batch, case.heads, n_q, case.head_dim),
+        (case.batch, case.kv_heads, n_k, case.head_dim),
+        (case.batch, case.kv_heads, n_k, case.value_dim),
+    ]
+    tensors = []
+    for shape in shapes:
+        if case.transposed:
+            tensors.append(torch.randn(*shape[:2], shape[3], shape[2], dtype=dtype, device=device).transpose(2, 3))
+        else:
+            tensors.append(torch.randn(shape[0], shape[2], shape[1], shape[3], dtype=dtype, device=device).transpose(1, 2))
+    kwargs: dict[str, Any] = {"layout": layout.to(device), "query_start": case.query_start}
+    if case.padding:
+        kwargs["key_padding_mask"] = torch.rand(case.batch, n_k, device=device) < 0.3
+    return tensors, kwargs
+
+
+def outputs_and_gradients(tensors: list[Tensor], kwargs: dict[str, Any], backend: str, seed: int) -> dict[str, Tensor]:
+    """The output, lse, and the gradients of a random function of both."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out, lse = gdl_kernels.sparse_attention(*leaves, return_lse=True, backend=backend, **kwargs)
+    generator = torch.Generator().manual_seed(seed)
+    out_weight = torch.randn(out.shape, generator=generator).to(out)
+    lse_weight = torch.randn(lse.shape, generator=generator).to(lse)
+    # -inf, of rows that keep nothing, has no gradient to give.
+    loss = (out * out_weight).sum() + (lse.masked_fill(lse == -torch.inf, 0) * lse_weight).sum()
+    gradients = torch.autograd.grad(loss, leaves)
+    return {"out": out.detach(), "lse": lse.detach(), **{f"gradient of {n}": g for n, g in zip(GRADIENTS, gradients)}}
+
+
+def check(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
+    """Output, lse and gradients within twice the error of plain PyTorch."""
+    tensors, kwargs = inputs(case, dtype, device)
+    ours = outputs_and_gradients(tensors, kwargs, backend, seed=7)
+    plain = outputs_and_gradients(tensors, kwargs, "reference", seed=7)
+    exact = outputs_and_gradients([t.double() for t in tensors], kwargs, "reference", seed=7)
+    for name in ours:
+        assert_accurate(ours[name], plain[name], exact[name], name)

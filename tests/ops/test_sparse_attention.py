@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gdl_kernels
+from gdl_kernels import layouts, sparse_attention
+from gdl_kernels.ops.sparse_attention import op
+from tests.accuracy import assert_accurate
+from tests.ops.sparse_attention_cases import CASES, Case, check, inputs, outputs_and_gradients, scattered
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.usefixtures("nan_poison")
+def test_cpu_is_as_accurate_as_plain_pytorch(case: Case, dtype: torch.dtype) -> None:
+    check(case, dtype, "cpu")
+
+
+@given(
+    block_size=st.sampled_from([16, 32, 64, 128]),
+    n_q=st.integers(1, 140),
+    n_k=st.integers(1, 140),
+    head_dim=st.integers(1, 70),
+    value_dim=st.integers(1, 70),
+    dtype=st.sampled_from(DTYPES),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_shape(
+    block_size: int, n_q: int, n_k: int, head_dim: int, value_dim: int, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    kv_heads, group = data.draw(st.sampled_from([1, 2, 3])), data.draw(st.sampled_from([1, 2, 5]))
+    start = data.draw(st.integers(0, n_q - 1))
+    case = Case(
+        "drawn",
+        lambda: scattered(n_q, n_k, block_size),
+        batch=data.draw(st.integers(1, 2)),
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+        n_q=data.draw(st.integers(1, n_q - start)),
+        head_dim=head_dim,
+        value_dim=value_dim,
+        query_start=start,
+        padding=data.draw(st.booleans()),
+        transposed=data.draw(st.booleans()),
+    )
+    check(case, dtype, "cpu")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_gradients_to_second_order(backend: str) -> None:
+    layout = layouts.from_mask(torch.rand(18, 20) < 0.4, block_size=16)
+    padding = torch.rand(1, 20) < 0.2
+    tensors = [torch.randn(1, 2, n, 3, dtype=torch.float64, requires_grad=True) for n in (18, 20, 20)]
+
+    def call(*tensors: torch.Tensor) -> torch.Tensor:
+        out, lse = sparse_attention(*tensors, layout, key_padding_mask=padding, return_lse=True, backend=backend)
+        return torch.cat([out, lse.masked_fill(lse == -torch.inf, 0)[..., None]], -1)
+
+    assert torch.autograd.gradcheck(call, tensors)
+    assert torch.autograd.gradgradcheck(call, tensors)
+
+
+def test_agrees_with_torchs_own_attention() -> None:
+    """The reference is checked by a peer, not by itself."""
+    query, key, value = (torch.randn(2, 4, 100, 24, dtype=torch.float64) for _ in range(3))
+    layout = layouts.local(100, 30, block_size=32)
+    theirs = F.scaled_dot_product_attention(query, key, value, attn_mask=layout.to_mask(), scale=0.3)
+    for backend in ("reference", "cpu"):
+        torch.testing.assert_close(sparse_attention(query, key, value, layout, scale=0.3, backend=backend), theirs)
+
+
+def test_agrees_with_flex_attention() -> None:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    query, key, value = (torch.randn(1, 2, 256, 16) for _ in range(3))
+    layout = layouts.fixed(256, 64, 8, block_size=64)
+    mask = layout.to_mask()
+    block_mask = create_block_mask(lambda b, h, i, j: mask[i, j], None, None, 256, 256, device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is not compiled, which is no concern here
+        theirs, theirs_lse = flex_attention(query, key, value, block_mask=block_mask, return_lse=True)
+    ours, lse = sparse_attention(query, key, value, layout, return_lse=True, backend="cpu")
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(lse, theirs_lse)
+
+
+def test_two_runs_are_equal_to_the_bit() -> None:
+    tensors, kwargs = inputs(Case("any", lambda: scattered(300, 300, 64), heads=4, kv_heads=2), torch.float32)
+    first, second = (outputs_and_gradients(tensors, kwargs, "cpu", seed=1) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_more_threads_than_key_heads() -> None:
+    """The backward pass then splits the columns of a head and adds up copies of the gradient of the queries."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(6)
+        check(Case("one head", lambda: scattered(300, 300, 32), heads=1, kv_heads=1), torch.float32, "cpu")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_nan_reaches_the_rows_that_see_it_and_no_other() -> None:
+    layout = layouts.local(64, 8, block_size=16)
+    query, key, value = (torch.randn(1, 1, 64, 16) for _ in range(3))
+    key[0, 0, 20] = torch.nan
+    out = sparse_attention(query, key, value, layout, backend="cpu")
+    sees = layout.to_mask()[:, 20]
+    assert out[0, 0, sees].isnan().all()
+    assert out[0, 0, ~sees].isfinite().all()
+
+
+def test_scores_far_apart() -> None:
+    """Differences beyond what exp2 can hold give weights of 0 and 1, not NaN."""
+    query, key = torch.full((1, 1, 32, 16), 100.0), torch.randn(1, 1, 32, 16) * 100
+    value = torch.randn(1, 1, 32, 16)
+    layout = layouts.full(32, block_size=16)
+    ours, plain = (sparse_attention(query, key, value, layout, backend=b) for b in ("cpu", "reference"))
+    exact = sparse_attention(query.double(), key.double(), value.double(), layout, backend="reference")
+    assert_accurate(ours, plain, exact)
+
+
+def test_one_query_at_a_time_is_the_whole() -> None:
+    layout = layouts.fixed(70, 16, 4, block_size=16)
+    query, key, value = (torch.randn(2, 3, 70, 8) for _ in range(3))
+    whole = sparse_attention(query, key, value, layout, backend="cpu")
+    for i in range(70):
+        row = sparse_attention(
+            query[:, :, i : i + 1], key[:, :, : i + 1], value[:, :, : i + 1], layout, query_start=i, backend="cpu"
+        )
+        torch.testing.assert_close(row[:, :, 0], whole[:, :, i])
+
+
+def test_opcheck() -> None:
+    layout = scattered(40, 40, 16)
+    tensors = [torch.randn(1, 2, 40, 8, requires_grad=True) for _ in range(3)]
+    rest = (None, layout.tensors(), [40, 40, 16], 0.3, 0, "cpu")
+    torch.library.opcheck(op.forward, (*tensors, *rest))
+    out, lse = op.forward(*(t.detach() for t in tensors), *rest)
+    grads = torch.randn_like(out).requires_grad_(), torch.randn_like(lse).requires_grad_()
+    torch.library.opcheck(op.backward, (*grads, *tensors, out, lse, *rest))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(dynamic: bool) -> None:
+    torch._dynamo.reset()
+    layout = layouts.causal(96, block_size=32)
+
+    @torch.compile(fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    def compiled(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return sparse_attention(query * 2, key, value, layout)
+
+    tensors = [torch.randn(1, 2, 96, 16, requires_grad=True) for _ in range(3)]
+    out = compiled(*tensors)
+    expected = sparse_attention(tensors[0] * 2, *tensors[1:], layout, backend="reference")
+    torch.testing.assert_close(out, expected)
+    weight = torch.randn_like(out)
+    ours, theirs = (torch.autograd.grad(o, tensors, weight) for o in (out, expected))
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast_runs_in_its_dtype() -> None:
+    layout = layouts.causal(40, block_size=16)
+    query, key, value = (torch.randn(1, 2, 40, 16) for _ in range(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = sparse_attention(query, key, value, layout)
+    low = [t.bfloat16() for t in (query, key, value)]
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, sparse_attention(*low, layout))
+
+
+def test_under_the_reference_backend_no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: Any) -> None:
+        raise AssertionError("a registered op ran")
+
+    monkeypatch.setattr(op, "forward", forbidden)
+    query, key, value = (torch.randn(1, 2, 40, 16) for _ in range(3))
+    with gdl_kernels.backend("reference"):
+        sparse_attention(query, key, value, layouts.causal(40))
+
+
+def test_memory_grows_with_the_kept_blocks() -> None:
+    """No N x N anywhere: a million positions, whose score matrix would take 4 TB."""
+    n = 1 << 20
+    layout = layouts.local(n, 64)
+    query, key, value = (torch.randn(1, 1, n, 8, requires_grad=True) for _ in range(3))
+    out = sparse_attention(query, key, value, layout, backend="cpu")
+    gradients = torch.autograd.grad(out.square().sum(), (query, key, value))
+    tail = slice(n - 200, n)
+    small = [t[:, :, n - 264 :].detach().double().requires_grad_() for t in (query, key, value)]
+    expected = sparse_attention(*small, layouts.local(264, 64), backend="reference")[:, :, 64:]
+    torch.testing.assert_close(out[:, :, tail].double(), expected, rtol=1e-4, atol=1e-5)
+    assert all(g.isfinite().all() for g in gradients)
+
+
+def call(**changes: Any) -> Any:
+    """A good call, with some of its arguments replaced."""
+    arguments: dict[str, Any] = {
+        "query": torch.randn(2, 4, 64, 16),
+        "key": torch.randn(2, 2, 64, 16),
+        "value": torch.randn(2, 2, 64, 16),
+        "layout": layouts.causal(64, block_size=32),
+    }
+    return sparse_attention(**{**arguments, **changes})
+
+
+def test_the_good_call_is_good() -> None:
+    assert call().shape == (2, 4, 64, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"query": torch.randn(4, 64, 16)}, ValueError, r"query must be \(batch, heads.*\(4, 64, 16\)"),
+        ({"query": [1, 2]}, TypeError, "query must be a tensor, got list"),
+        ({"query": torch.ones(2, 4, 64, 16, dtype=torch.int64)}, TypeError, "query must be float32.*int64"),
+        ({"key": torch.randn(2, 2, 64, 16).bfloat16()}, TypeError, "key must have the dtype of query.*bfloat16"),
+        ({"value": torch.empty(2, 2, 64, 16, device="meta")}, ValueError, "value must be on the device of query, cpu, got meta"),
+        ({"key": torch.randn(3, 2, 64, 16)}, ValueError, "batch size of query, 2, got 3"),
+        ({"key": torch.randn(2, 3, 64, 16), "value": torch.randn(2, 3, 64, 16)}, ValueError, "heads of key, 3, must divide.*4"),
+        ({"value": torch.randn(2, 2, 63, 16)}, ValueError, r"value must have the heads and positions of key, \(2, 64\)"),
+        ({"key": torch.randn(2, 2, 64, 8)}, ValueError, "key must have the features of query, 16, got 8"),
+        ({"layout": torch.ones(64, 64)}, TypeError, "layout must be a gdl_kernels.layouts.Layout, got Tensor"),
+        ({"layout": layouts.causal(60)}, ValueError, "layout has queries 0 to 59"),
+        ({"layout": layouts.full(64, 70)}, ValueError, "layout is for 70 keys, got 64"),
+        ({"layout": scattered(64, 64, 32, heads=3)}, ValueError, "layout must have 1 head or as many as query, 4, got 3"),
+        ({"query_start": 1}, ValueError, "query_start=1 with 64 queries"),
+        ({"query_start": -1}, ValueError, "query_start=-1"),
+        ({"key_padding_mask": torch.zeros(2, 64)}, TypeError, "key_padding_mask must be bool"),
+        ({"key_padding_mask": torch.zeros(2, 63, dtype=torch.bool)}, ValueError, r"must be \(2, 64\), got \(2, 63\)"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of 'auto'"),
+        ({"backend": "cuda"}, RuntimeError, "sparse_attention has no cuda kernel"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_bad_input_is_named(changes: dict[str, Any], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        call(**changes)
+
+
+def test_a_cache_shorter_than_the_queries_reach() -> None:
+    layout = layouts.causal(64)
+    query, key = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 30, 8)
+    with pytest.raises(ValueError, match="needs between 41 and 64 keys, got 30"):
+        sparse_attention(query, key, key, layout, query_start=40)

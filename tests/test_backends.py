@@ -1,0 +1,152 @@
+"""Which backend serves a call, and what is said of the others."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+import gdl_kernels as gdl
+from gdl_kernels import _backends, _native
+
+
+def choices(op: str, **reasons: list[str]) -> _backends.Choices:
+    return _backends.Choices(op, {name: (lambda *a, why=why, **k: list(why)) for name, why in reasons.items()}, list)
+
+
+def call() -> tuple[Any, ...]:
+    query, key, value = torch.randn(3, 1, 2, 32, 16).unbind()
+    return query, key, value, gdl.layouts.from_mask(torch.rand(32, 32) < 0.7, block_size=16)
+
+
+CPU = torch.device("cpu")
+
+
+def test_auto_takes_the_first_that_can() -> None:
+    assert choices("a", cpu=[]).pick(CPU, None) == "cpu"
+    assert choices("a", cuda=[], triton=[]).pick(torch.device("cuda"), None) == "cuda"
+    assert choices("a", triton=[]).pick(torch.device("cuda"), None) == "triton"
+
+
+def test_auto_without_a_kernel_is_the_reference_and_says_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choices("a", triton=["no GPU"]).pick(CPU, None) == "reference"
+
+
+def test_auto_warns_once_of_each_reason() -> None:
+    slow = choices("an op of test_auto_warns_once", cpu=["it rains"])
+    with pytest.warns(UserWarning, match="slower backend 'reference' because of cpu: it rains"):
+        assert slow.pick(CPU, None) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert slow.pick(CPU, None) == "reference"
+    other = choices("an op of test_auto_warns_once", cpu=["it snows"])
+    with pytest.warns(UserWarning, match="it snows"):
+        other.pick(CPU, None)
+
+
+def test_asking_for_a_backend_that_cannot_raises_with_every_reason() -> None:
+    with pytest.raises(RuntimeError, match=r"backend 'cuda' can't serve this a: no GPU; too wide"):
+        choices("a", cuda=["no GPU", "too wide"]).pick(CPU, "cuda")
+    with pytest.raises(RuntimeError, match="a has no triton kernel"):
+        choices("a", cpu=[]).pick(CPU, "triton")
+    with pytest.raises(ValueError, match=r"backend must be one of 'auto', 'reference'.*got 'gpu'"):
+        choices("a", cpu=[]).pick(CPU, "gpu")
+
+
+def test_a_region_chooses_and_a_call_overrides_it() -> None:
+    op = choices("a", cpu=[])
+    with gdl.backend("reference"):
+        assert op.pick(CPU, None) == "reference"
+        assert op.pick(CPU, "cpu") == "cpu"
+        with gdl.backend("cpu"):
+            assert op.pick(CPU, None) == "cpu"
+        assert op.pick(CPU, None) == "reference"
+    assert op.pick(CPU, None) == "cpu"
+    with pytest.raises(KeyError), gdl.backend("reference"):
+        raise KeyError
+    assert op.pick(CPU, None) == "cpu"
+    with pytest.raises(ValueError, match="got 'gpu'"), gdl.backend("gpu"):
+        pass
+
+
+def test_a_region_is_seen_by_other_threads() -> None:
+    """As the backward pass runs in PyTorch's own."""
+    seen = []
+    with gdl.backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(choices("a", cpu=[]).pick(CPU, None)))
+        thread.start()
+        thread.join()
+    assert seen == ["reference"]
+
+
+@pytest.mark.parametrize("name", ["reference", "triton", "nonsense"])
+def test_the_environment_chooses_for_a_process(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GDL_KERNELS_BACKEND", name)
+    code = (
+        "import torch\nfrom gdl_kernels import _backends\n"
+        "op = _backends.Choices('a', {'cpu': lambda: [], 'triton': lambda: []}, list)\n"
+        "print(op.pick(torch.device('cpu'), None))"
+    )
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if name == "nonsense":
+        assert outcome.returncode
+        assert "GDL_KERNELS_BACKEND must be one of" in outcome.stderr
+    else:
+        assert outcome.stdout.strip() == name, outcome.stderr
+
+
+def test_explain_has_a_verdict_for_each_backend_and_uses_up_no_warning() -> None:
+    args = call()
+    told = gdl.explain(gdl.sparse_attention, *args, backend="reference")
+    assert list(told.verdicts) == list(_backends.BACKENDS)
+    assert told.verdicts["reference"] == "chosen"
+    assert told.verdicts["cuda"] == "sparse_attention has no cuda kernel"
+    assert "query is on cpu" in told.verdicts["triton"] or _native.interpreting()
+    assert str(told).splitlines()[0] == "sparse_attention"
+    assert len(str(told).splitlines()) == 1 + len(_backends.BACKENDS)
+    before = set(_backends._warned)
+    gdl.explain("sparse_attention", *args)
+    assert before == _backends._warned
+
+
+def test_explain_agrees_with_the_call() -> None:
+    args = call()
+    told = gdl.explain("sparse_attention", *args).verdicts
+    for name in _backends.BACKENDS:
+        if told[name] in ("chosen", "can"):
+            gdl.sparse_attention(*args, backend=name)
+        else:
+            with pytest.raises(RuntimeError, match="can't serve"):
+                gdl.sparse_attention(*args, backend=name)
+
+
+def test_explain_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match=r"op must be one of .*sparse_attention"):
+        gdl.explain("attention")
+    with pytest.raises(ValueError, match="needs the tensors"):
+        gdl.explain("sparse_attention")
+
+
+def test_available_backends_are_all_named() -> None:
+    available = gdl.available_backends()
+    assert list(available) == list(_backends.BACKENDS)
+    assert available["reference"] == "available"
+    if not torch.cuda.is_available():
+        assert available["cuda"] != "available"
+
+
+def test_every_op_is_public_and_has_examples() -> None:
+    for name, op in _backends.ops().items():
+        assert name in gdl.__all__
+        examples = list(op.examples())
+        assert examples
+        for example in examples:
+            tensors = [a for a in (*example.args, *example.kwargs.values()) if isinstance(a, torch.Tensor)]
+            assert any(tensor.requires_grad for tensor in tensors)
