@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .compare import SideFailed
 from .registry import COMMANDS, MODELS
 
 
@@ -37,7 +38,7 @@ def main() -> None:
     """Run the command line. What the user can mend is said in a line; a traceback is a fault of ours."""
     try:
         application()()
-    except ValueError as error:
+    except (ValueError, SideFailed) as error:
         sys.exit(_failed(str(error)))
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("gdl_kernels", "models"):

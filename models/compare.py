@@ -53,6 +53,10 @@ class Problem:
     explain: Callable[[], list[Explanation]]
 
 
+class SideFailed(RuntimeError):
+    """A side could not be run; the message says which, and why."""
+
+
 #: Builds a problem, always with the same weights and input. Pickled: a function of a module, or a ``partial`` of one.
 Build = Callable[[], Problem]
 
@@ -138,14 +142,15 @@ def compare(
         say: is told what happens.
 
     Raises:
-        ValueError: if ``dtype`` has no tolerance, or ``repetitions`` is not positive.
-        RuntimeError: if a side fails; the message has its reason.
+        ValueError: if ``dtype`` has no tolerance, ``repetitions`` is not positive, or there is no such backend.
+        SideFailed: if a side can't be run, as when ``backend`` can't serve it; the message has the reason.
     """
     if dtype not in TOLERANCES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, TOLERANCES))}, got {dtype}")
     if repetitions < 1:
         raise ValueError(f"repetitions must be at least 1, got {repetitions}")
     with ExitStack() as stack:
+        stack.enter_context(gdl_kernels.backend(backend))  # here only to refuse a wrong name before anything starts
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         sides = {}
         for side, served_by in zip(SIDES, (backend, "reference")):
@@ -246,12 +251,12 @@ class _Side:
             answer = self.connection.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
             self.process.join(timeout=10)
-            raise RuntimeError(
+            raise SideFailed(
                 f"the {self.name} side died with exit code {self.process.exitcode} at {question[0]!r}; "
                 "-9 means that the system ran out of memory: try a shorter context or fewer layers"
             ) from error
         if isinstance(answer, Exception):
-            raise RuntimeError(f"the {self.name} side failed: {type(answer).__name__}: {answer}") from answer
+            raise SideFailed(f"the {self.name} side failed: {type(answer).__name__}: {answer}") from answer
         return answer
 
 

@@ -123,6 +123,8 @@ def train(
             if name not in RESUMABLE and _typed(ctx, name):
                 raise ValueError(f"--{name.replace('_', '-')} can't be given with --resume: {path} decides it")
         run = Training.resumed(path, chorales)
+        if steps <= run.step:
+            raise ValueError(f"steps must be more than the {run.step} that {path} has done, got {steps}")
         console.print(f"Going on after step {run.step} with {path}", soft_wrap=True)
     else:
         if path.exists():
@@ -132,7 +134,7 @@ def train(
             stride=stride, summary=summary, dropout=dropout, recompute=recompute,
         )  # fmt: skip
         recipe = Recipe(
-            pieces=pieces, length=length or config.context, batch=batch, rate=rate, warmup=warmup,
+            pieces=pieces, length=config.context if length is None else length, batch=batch, rate=rate, warmup=warmup,
             held_out=held_out, evaluate=evaluate, transpose=transpose, seed=seed,
         )  # fmt: skip
         run = Training(config, recipe, CHORALES, chorales(pieces))

@@ -11,15 +11,16 @@ from models.musenet.data import Piece, chorales
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Each session parses for itself: what an earlier version has left in the checkout's cache proves nothing."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # of the processes that tests start
         patch.setenv("GDL_KERNELS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
 @pytest.fixture(scope="session")
-def pieces(cache: None) -> list[Piece]:
+def pieces(surroundings: None) -> list[Piece]:
     return chorales(4)
 
 

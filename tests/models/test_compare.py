@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import gdl_kernels
 from gdl_kernels._backends import Explanation
 from models.__main__ import application
-from models.compare import Build, Comparison, Measurement, Problem, _Side, compare, errors
+from models.compare import Build, Comparison, Measurement, Problem, SideFailed, _Side, compare, errors
 
 
 def random_problem(seed: int | None) -> Problem:
@@ -90,7 +90,7 @@ def test_a_disagreement_ends_with_exit_code_1(monkeypatch: pytest.MonkeyPatch) -
 def test_a_side_that_fails_says_why(build: Build, message: str, tmp_path: Path) -> None:
     with (
         _Side.started("kernels", build, "auto", "cpu", tmp_path) as side,
-        pytest.raises(RuntimeError, match=message),
+        pytest.raises(SideFailed, match=message),
     ):
         side.ask("about")
 
@@ -127,7 +127,8 @@ def test_a_gradient_on_one_side_only_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "what"), [({"repetitions": 0}, "repetitions"), ({"dtype": torch.int32}, "dtype")]
+    ("arguments", "what"),
+    [({"repetitions": 0}, "repetitions"), ({"backend": "abacus"}, "backend"), ({"dtype": torch.int32}, "dtype")],
 )
 def test_bad_arguments_are_refused_before_anything_starts(arguments: dict, what: str) -> None:
     with pytest.raises(ValueError, match=f"^{what} must"):

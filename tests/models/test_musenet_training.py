@@ -121,6 +121,8 @@ def test_the_command_trains_and_resumes(tmp_path: Path) -> None:
     again = run.invoke(application(), ["train", "musenet", *TINY, *out, "--steps", "2"])
     assert isinstance(again.exception, ValueError)
     assert "--resume goes on with it" in str(again.exception)
+    fewer = run.invoke(application(), ["train", "musenet", *out, "--resume", "--steps", "3"])
+    assert "steps must be more than the 3" in str(fewer.exception)
     other = run.invoke(application(), ["train", "musenet", *out, "--resume", "--rate", "0.1"])
     assert isinstance(other.exception, ValueError)
     assert "--rate can't be given with --resume" in str(other.exception)
