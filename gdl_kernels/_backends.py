@@ -103,8 +103,9 @@ class Choices:
             missed.append(f"{candidate}: {'; '.join(why)}")
         else:
             candidate = "reference"
-        if missed and not torch.compiler.is_compiling():
-            self._warn_once(candidate, " | ".join(missed))
+        if missed:
+            why_not = " | ".join(missed)
+            warn_once(self.op, f"runs on the slower backend {candidate!r} because of {why_not}")
         return candidate
 
     def why_not(self, name: str, *args: Any, **kwargs: Any) -> list[str]:
@@ -114,14 +115,14 @@ class Choices:
             return [f"{self.op} has no {name} kernel"]
         return self.reasons[name](*args, **kwargs)
 
-    def _warn_once(self, chosen: str, why: str) -> None:
-        if (self.op, why) not in _warned:
-            _warned.add((self.op, why))
-            warnings.warn(
-                f"gdl_kernels: {self.op} runs on the slower backend {chosen!r} because of {why}. "
-                "This is said once; gdl_kernels.explain tells more.",
-                stacklevel=4,
-            )
+
+def warn_once(op: str, why: str) -> None:
+    """Say that a call takes a slower way than its user may expect: the first time, and no second time."""
+    if torch.compiler.is_compiling() or (op, why) in _warned:
+        return
+    _warned.add((op, why))
+    # Level 4 is the caller of the public function that picked a backend.
+    warnings.warn(f"gdl_kernels: {op} {why}. This is said once.", stacklevel=4)
 
 
 @dataclass(frozen=True)

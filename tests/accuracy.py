@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def assert_accurate(
-    ours: Tensor, plain: Tensor, exact: Tensor, what: str = "output", *, terms: Tensor | None = None
+    ours: Tensor, plain: Tensor, exact: Tensor, what: str = "output", *, terms: Tensor | None = None, ulps: int = 2
 ) -> None:
     """Ours against float64, allowed twice plain PyTorch's error, in the largest error and in the root mean square.
 
@@ -18,7 +18,7 @@ def assert_accurate(
         what: named in the failure.
         terms: where ``exact`` is a difference that may cancel, what it is the difference of, in any shape.
 
-    The floor, for inputs on which plain PyTorch happens to be exact, is two units in the last place of the largest
+    The floor, for inputs on which plain PyTorch happens to be exact, is ``ulps`` units in the last place of the largest
     value (or root mean square) of ``terms``. Where the exact result is not finite in our dtype, ours must be the same.
     """
     assert ours.shape == plain.shape == exact.shape, f"{what}: shapes {ours.shape}, {plain.shape}, {exact.shape}"
@@ -33,7 +33,7 @@ def assert_accurate(
     assert ours_64.isfinite().all(), f"{what}: {(~ours_64.isfinite()).sum()} of {exact.numel()} values are not finite"
     scale = exact if terms is None else terms.detach().double().cpu()
     # Against float64 nothing here is more exact: both are float64, and differ by how they round along the way.
-    floor = (256 if ours.dtype == torch.float64 else 2) * torch.finfo(ours.dtype).eps
+    floor = (256 if ours.dtype == torch.float64 else ulps) * torch.finfo(ours.dtype).eps
     for name, size in (("largest", _largest), ("rms", _root_mean_square)):
         error, allowed = size(ours_64 - exact), 2 * size(plain_64 - exact) + floor * size(scale)
         assert error <= allowed, f"{what}: {name} error {error:.3g}, allowed {allowed:.3g}"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gdl_kernels
-from gdl_kernels import layouts, sparse_attention
+from gdl_kernels import _backends, layouts, sparse_attention
 from gdl_kernels.ops.sparse_attention import op
 from tests.accuracy import assert_accurate
 from tests.ops.sparse_attention_cases import CASES, Case, check, inputs, outputs_and_gradients, scattered
@@ -58,7 +58,8 @@ def test_any_shape(
         padding=data.draw(st.booleans()),
         transposed=data.draw(st.booleans()),
     )
-    check(case, dtype, "cpu")
+    # On a handful of numbers plain PyTorch is often exact by luck: more ulps than for the cases above.
+    check(case, dtype, "cpu", ulps=16)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -72,7 +73,18 @@ def test_gradients_to_second_order(backend: str) -> None:
         return torch.cat([out, lse.masked_fill(lse == -torch.inf, 0)[..., None]], -1)
 
     assert torch.autograd.gradcheck(call, tensors)
-    assert torch.autograd.gradgradcheck(call, tensors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.autograd.gradgradcheck(call, tensors)
+
+
+def test_a_second_derivative_says_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backends, "_warned", set())
+    tensors = [torch.randn(1, 1, 32, 4, requires_grad=True) for _ in range(3)]
+    out = sparse_attention(*tensors, layouts.causal(32), backend="cpu")
+    (grad,) = torch.autograd.grad(out.square().sum(), tensors[:1], create_graph=True)
+    with pytest.warns(UserWarning, match=r"second derivatives from the reference, in O\(Nq \* Nk\) memory"):
+        grad.square().sum().backward()
 
 
 def test_agrees_with_torchs_own_attention() -> None:
@@ -232,15 +244,15 @@ def test_the_good_call_is_good() -> None:
         ({"query": [1, 2]}, TypeError, "query must be a tensor, got list"),
         ({"query": torch.ones(2, 4, 64, 16, dtype=torch.int64)}, TypeError, "query must be float32.*int64"),
         ({"key": torch.randn(2, 2, 64, 16).bfloat16()}, TypeError, "key must have the dtype of query.*bfloat16"),
-        ({"value": torch.empty(2, 2, 64, 16, device="meta")}, ValueError, "value must be on the device of query, cpu, got meta"),
+        ({"value": torch.empty(2, 2, 64, 16, device="meta")}, ValueError, "value must be on the device of query, cpu"),
         ({"key": torch.randn(3, 2, 64, 16)}, ValueError, "batch size of query, 2, got 3"),
-        ({"key": torch.randn(2, 3, 64, 16), "value": torch.randn(2, 3, 64, 16)}, ValueError, "heads of key, 3, must divide.*4"),
-        ({"value": torch.randn(2, 2, 63, 16)}, ValueError, r"value must have the heads and positions of key, \(2, 64\)"),
+        ({n: torch.randn(2, 3, 64, 16) for n in ("key", "value")}, ValueError, "heads of key, 3, must divide.*4"),
+        ({"value": torch.randn(2, 2, 63, 16)}, ValueError, r"value must have the heads and positions of key"),
         ({"key": torch.randn(2, 2, 64, 8)}, ValueError, "key must have the features of query, 16, got 8"),
         ({"layout": torch.ones(64, 64)}, TypeError, "layout must be a gdl_kernels.layouts.Layout, got Tensor"),
         ({"layout": layouts.causal(60)}, ValueError, "layout has queries 0 to 59"),
         ({"layout": layouts.full(64, 70)}, ValueError, "layout is for 70 keys, got 64"),
-        ({"layout": scattered(64, 64, 32, heads=3)}, ValueError, "layout must have 1 head or as many as query, 4, got 3"),
+        ({"layout": scattered(64, 64, 32, heads=3)}, ValueError, "1 head or as many as query, 4, got 3"),
         ({"query_start": 1}, ValueError, "query_start=1 with 64 queries"),
         ({"query_start": -1}, ValueError, "query_start=-1"),
         ({"key_padding_mask": torch.zeros(2, 64)}, TypeError, "key_padding_mask must be bool"),

@@ -37,16 +37,16 @@ def sparse_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over the pairs that a layout keeps (Sparse Transformer, arXiv 1904.10509).
 
-    ``out[b, h, i] = sum_j p[i, j] value[b, h', j]`` with ``p[i, :] = softmax_j(scale * <query[b, h, i], key[b, h', j]>)``
-    over the keys ``j`` that row ``query_start + i`` of the layout keeps, and ``h' = h // (H // Hkv)``.
+    ``out[b, h, i] = sum_j p[i, j] value[b, g, j]`` with ``p[i, :] = softmax_j(scale * <query[b, h, i], key[b, g, j]>)``
+    over the keys ``j`` that row ``query_start + i`` of the layout keeps, and ``g = h // (H // Hkv)``.
     Time and memory grow with the blocks that the layout keeps, not with ``Nq * Nk``.
 
     Args:
         query: ``(B, H, Nq, D)``, any strides.
         key: ``(B, Hkv, Nk, D)``; ``Hkv`` divides ``H``.
         value: ``(B, Hkv, Nk, Dv)``.
-        layout: rows ``query_start`` to ``query_start + Nq - 1`` are used. ``layout.n_k`` is ``Nk``; a causal layout may be
-            longer, so that one layout serves a growing cache.
+        layout: rows ``query_start`` to ``query_start + Nq - 1`` are used. ``layout.n_k`` is ``Nk``; a causal layout may
+            be longer, so that one layout serves a growing cache.
         scale: default ``1 / sqrt(D)``.
         key_padding_mask: bool ``(B, Nk)``, True for keys that no query may see.
         query_start: position of the first query; decoding with a cache has ``Nq = 1`` and ``query_start = Nk - 1``.
@@ -54,16 +54,19 @@ def sparse_attention(
         backend: overrides the backend of this call.
 
     Returns:
-        ``(B, H, Nq, Dv)`` in the dtype of ``query``, and with ``return_lse`` also ``(B, H, Nq)`` in float32 (float64 for
-        float64). A row that keeps nothing gives 0, zero gradients and ``lse = -inf``. Accumulates in float32, in float64 for float64.
-        Differentiable twice in ``query``, ``key`` and ``value``, through ``lse`` too; the second derivative of the
-        compiled backends is the reference's, in O(Nq * Nk) memory.
+        ``(B, H, Nq, Dv)`` in the dtype of ``query``, and with ``return_lse`` also ``(B, H, Nq)`` in the dtype that sums are
+        kept in: float32, for float64 float64. A row that keeps nothing gives 0, zero gradients and ``lse = -inf``.
+        Differentiable twice in ``query``, ``key`` and ``value``, through ``lse`` too; the second derivative of the compiled
+        backends is the reference's, in O(Nq * Nk) memory.
 
     Raises:
         ValueError: if shapes, head counts, lengths or devices do not fit each other or the layout.
         TypeError: if dtypes differ or are not floating point.
         RuntimeError: if ``backend`` was given and can't serve the call.
     """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     device = query.device
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
@@ -77,21 +80,19 @@ def sparse_attention(
     )  # fmt: skip
     if chosen == "reference":
         mask = layout.dense_mask()[:, query_start : query_start + query.shape[2], : key.shape[2]]
-        out, lse = reference.sparse_attention(query, key, value, mask, scale, key_padding_mask)
+        out, lse = reference.sparse_attention(query, key, value, mask, scale, key_padding_mask, return_lse)
     else:
         out, lse = op.forward(
             query, key, value, key_padding_mask, layout.tensors(),
             [layout.n_q, layout.n_k, layout.block_size], scale, query_start, chosen,
         )  # fmt: skip
-    return (out, lse) if return_lse else out
+    return (out, lse) if return_lse else out  # type: ignore[return-value]
 
 
 def _check(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, key_padding_mask: Tensor | None, query_start: int
 ) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be (batch, heads, positions, features), got shape {tuple(tensor.shape)}")
         if tensor.dtype not in op.DTYPES:
@@ -105,7 +106,8 @@ def _check(
     batch, heads, n_q, head_dim = query.shape
     kv_heads, n_k = key.shape[1:3]
     if key.shape[0] != batch or value.shape[0] != batch:
-        raise ValueError(f"key and value must have the batch size of query, {batch}, got {key.shape[0]} and {value.shape[0]}")
+        sizes = f"{key.shape[0]} and {value.shape[0]}"
+        raise ValueError(f"key and value must have the batch size of query, {batch}, got {sizes}")
     if value.shape[1] != kv_heads or value.shape[2] != n_k:
         raise ValueError(
             f"value must have the heads and positions of key, {(kv_heads, n_k)}, got {(value.shape[1], value.shape[2])}"
@@ -119,7 +121,7 @@ def _check(
     if layout.heads not in (1, heads):
         raise ValueError(f"layout must have 1 head or as many as query, {heads}, got {layout.heads}")
     if layout.device != query.device:
-        raise ValueError(f"layout must be on the device of query, {query.device}, got {layout.device}; use layout.to(...)")
+        raise ValueError(f"layout must be on the device of query, {query.device}, got {layout.device}: layout.to(...)")
     if query_start < 0 or query_start + n_q > layout.n_q:
         raise ValueError(
             f"layout has queries 0 to {layout.n_q - 1}, but query_start={query_start} with {n_q} queries asks for "

@@ -106,20 +106,21 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _gradient_of_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    """Differentiate the reference twice. ``out`` and ``lse`` are recomputed in it, so they get no gradient of their own."""
+    """Differentiate the reference twice. It recomputes ``out`` and ``lse``, so they get no gradient of their own."""
+    _backends.warn_once("sparse_attention", "takes second derivatives from the reference, in O(Nq * Nk) memory")
     grad_out, grad_lse, query, key, value, key_padding_mask, *tensors = ctx.saved_tensors
     sizes, scale, query_start = ctx.rest
     mask = layout_of(tensors, sizes).dense_mask()[:, query_start : query_start + query.shape[2], : key.shape[2]]
     with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in (query, key, value)]
-        out, lse = reference.sparse_attention(*inputs, mask, scale, key_padding_mask)
+        q, k, v = inputs = [t.detach().requires_grad_() for t in (query, key, value)]
+        out, lse = reference.sparse_attention(q, k, v, mask, scale, key_padding_mask, grad_lse is not None)
         outputs, cotangents = [out], [grad_out.detach().requires_grad_()]
-        if grad_lse is not None:
+        if lse is not None and grad_lse is not None:
             outputs.append(lse)
             cotangents.append(grad_lse.detach().requires_grad_())
         first = torch.autograd.grad(outputs, inputs, cotangents, create_graph=True)
         wanted = [*cotangents, *inputs]
-        second = list(torch.autograd.grad(first, wanted, grads, allow_unused=True))
+        second: list[Tensor | None] = list(torch.autograd.grad(first, wanted, grads, allow_unused=True))
     if grad_lse is None:
         second.insert(1, None)
     return *second, None, None, None, [None] * len(tensors), None, None, None, None

@@ -7,8 +7,14 @@ from torch import Tensor
 
 
 def sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, key_padding_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scale: float,
+    key_padding_mask: Tensor | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     """Masked softmax attention.
 
     ``mask`` is bool, ``(heads or 1, Nq, Nk)``, True where a pair is kept; the rest as in the public function.
@@ -19,10 +25,10 @@ def sparse_attention(
     mask = mask[None]  # [1, H, Nq, Nk]
     if key_padding_mask is not None:
         mask = mask & ~key_padding_mask[:, None, None, :]
-    accumulate = torch.promote_types(query.dtype, torch.float32)
-    scores = (query @ key.transpose(-1, -2)).to(accumulate) * scale  # [B, H, Nq, Nk]
-    scores = scores.masked_fill(~mask, -torch.inf)
-    # A row that keeps nothing has lse -inf; 0 stands in for it, or -inf - -inf would make the row NaN.
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
-    return weights.to(value.dtype) @ value, lse
+    empty = ~mask.any(-1, keepdim=True)
+    scores = (query @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)) * scale
+    # An empty row stays as it is until its end, or its -inf would make NaN of its softmax and of every derivative.
+    scores = scores.masked_fill(~(mask | empty), -torch.inf)  # [B, H, Nq, Nk]
+    weights = scores.softmax(-1).masked_fill(empty, 0)
+    out = weights.to(value.dtype) @ value
+    return out, scores.logsumexp(-1).masked_fill(empty[..., 0], -torch.inf) if return_lse else None

@@ -196,7 +196,7 @@ def _forward_tiles(
     BLOCK_DV: tl.constexpr, DOT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     LOAD_MASKED: tl.constexpr = MASKED or padding is not None
-    for tile in range(0, n_tiles):
+    for tile in range(n_tiles):
         places, inner = _list_tile(blocks, first, last, tile, BLOCK, STEP)
         positions = _positions(order, places, n_places)
         inside = positions < n_k  # [STEP]
@@ -308,7 +308,7 @@ def _grad_query_tiles(
     BLOCK_DV: tl.constexpr, DOT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     LOAD_MASKED: tl.constexpr = MASKED or padding is not None
-    for tile in range(0, n_tiles):
+    for tile in range(n_tiles):
         places, inner = _list_tile(blocks, first, last, tile, BLOCK, STEP)
         positions = _positions(order, places, n_places)
         inside = positions < n_k  # [STEP]
@@ -385,7 +385,7 @@ def _grad_key_value_tiles(
     D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, DOT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    for tile in range(0, n_tiles):
+    for tile in range(n_tiles):
         places, inner = _list_tile(blocks, first, last, tile, BLOCK, STEP)
         rows = _positions(order, places, n_places) - query_start
         inside = (rows >= 0) & (rows < n_q)  # [STEP]
@@ -440,7 +440,7 @@ def _grad_key_value(
     v = _load_rows(value, positions, seen, v_strides, DV, BLOCK_DV, True).to(DOT)
     grad_k = tl.zeros([OWN, BLOCK_D], tl.float32)
     grad_v = tl.zeros([OWN, BLOCK_DV], tl.float32)
-    for member in range(0, summed):
+    for member in range(summed):
         head = grad_head * summed + member
         row = (batch * n_heads + head) * n_q
         line = head * layout_step * n_lines + own // (BLOCK // OWN)
