@@ -1,4 +1,4 @@
-"""The Triton kernels of sparse_attention, compiled for GPUs that need not be here: shared memory, tensor cores, spills."""
+"""The Triton kernels of sparse_attention, compiled for GPUs that need not be here: memory, tensor cores, spills."""
 
 from __future__ import annotations
 
@@ -49,12 +49,13 @@ def target(request: pytest.FixtureRequest) -> Iterator[int]:
     try:
         yield request.param
     finally:
-        driver.reset_active()
+        if torch.cuda.is_available():  # without a GPU there is no driver to go back to
+            driver.reset_active()
 
 
 def resource_usage(cubin: bytes, path: Path) -> dict[str, int]:
     path.write_bytes(cubin)
-    listing = subprocess.run([CUOBJDUMP, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.check_output([CUOBJDUMP, "--dump-resource-usage", path], text=True)
     usage = {name: int(amount) for name, amount in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
     assert len(usage) == 3, listing
     return usage
@@ -100,7 +101,8 @@ def test_resources(
 
     assert set(compiled) == {"_forward", "_row_terms", "_grad_query", "_grad_key_value"}
     for name, kernel in compiled.items():
-        assert kernel.metadata.shared <= SHARED_MEMORY[target], f"{name}: {kernel.metadata.shared} bytes of shared memory"
+        shared = kernel.metadata.shared
+        assert shared <= SHARED_MEMORY[target], f"{name}: {shared} bytes of shared memory"
         usage = resource_usage(kernel.asm["cubin"], tmp_path / f"{name}.cubin")
         assert usage["STACK"] == usage["LOCAL"] == 0, f"{name} spills: {usage}"
         if name == "_row_terms":

@@ -1,7 +1,7 @@
 """The Triton kernels of sparse_attention, in Triton's interpreter and, where there is one, on a GPU.
 
-Whether kernels are interpreted is settled when they are imported, so the interpreter gets a process of its own: this file
-again, under ``TRITON_INTERPRET=1``. The cases are the same on both.
+Whether kernels are interpreted is settled when they are imported, so the interpreter gets a process of its own: this
+file again, under ``TRITON_INTERPRET=1``. The cases are the same on both.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ def test_the_cases_hold_in_the_interpreter() -> None:
     print(inner.stdout, inner.stderr)
     assert inner.returncode == 0, "the cases failed under TRITON_INTERPRET=1; their output is above"
     summary = inner.stdout.strip().splitlines()[-1]
-    passed, skipped = (int(n[1]) if (n := re.search(rf"(\d+) {word}", summary)) else 0 for word in ("passed", "skipped"))
-    assert passed >= len(CASES), summary
-    assert skipped == 1, f"this test alone does not run in the interpreter: {summary}"
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (\w+)", summary)}
+    assert counts["passed"] >= len(CASES), summary
+    assert counts["skipped"] == 1, f"this test alone does not run in the interpreter: {summary}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +137,11 @@ CASES = {
 
 
 #: The interpreter takes seconds a case: there float16, whose tiles bfloat16 shares, has every case, the others these.
-IN_EVERY_DTYPE = ["blocks of 16, two to a tile of keys", "four query heads share a key head", "padded keys, reordered, shared"]
+IN_EVERY_DTYPE = [
+    "blocks of 16, two to a tile of keys",
+    "four query heads share a key head",
+    "padded keys, reordered, shared",
+]
 
 
 @on_device

@@ -1,8 +1,8 @@
 """Block-sparse attention on the GPU, in Triton.
 
 A program owns one tile of queries (or, for the gradients of keys and values, of keys) of one head and walks the list of
-blocks that the layout keeps for it: first its full blocks, whose loop knows no mask, then the rest. Every output element
-is written by one program and summed in one order, so results are the same every run.
+blocks that the layout keeps for it: first its full blocks, whose loop knows no mask, then the rest. Every element of
+the outputs is written by one program and summed in one order, so results are the same every run.
 
 Scores live in base 2: ``exp(scale * s) = exp2(scale * log2(e) * s)``, and the GPU has an instruction for the latter.
 """
@@ -77,6 +77,12 @@ def tiles(kernel: str, capability: int, head_dim: int, block_size: int, itemsize
     # A tensor core instruction takes 16 rows a warp (four warps make Hopper's 64): fewer warps would hold more
     # accumulators than there are registers, more would all compute the same rows.
     return Tiles(own, step, num_stages, own // 16)
+
+
+#: Kernel arguments of which Triton makes no variants (of 1, of multiples of 16), so that a new length compiles nothing.
+_LENGTHS = (
+    "n_heads", "n_q", "n_k", "query_start", "n_places", "n_lines", "n_tiles", "first_tile", "order_step",
+)  # fmt: skip
 
 
 @triton.jit
@@ -222,7 +228,7 @@ def _forward_tiles(
     return acc, total, peak
 
 
-@triton.jit(do_not_specialize=["n_heads", "n_q", "n_k", "query_start", "n_places", "n_lines", "n_tiles", "first_tile", "order_step"])
+@triton.jit(do_not_specialize=_LENGTHS)
 def _forward(
     query, key, value, out, lse, padding, starts, splits, blocks, masks, table, order,
     q_strides, k_strides, v_strides, out_strides, padding_strides,
@@ -274,7 +280,7 @@ def _forward(
     tl.store(lse + rows, natural, mask=inside)
 
 
-@triton.jit(do_not_specialize=["n_heads", "n_q", "n_tiles"])
+@triton.jit(do_not_specialize=_LENGTHS)
 def _row_terms(
     out, grad_out, lse, grad_lse, delta, lse_log2, out_strides, grad_strides, grad_lse_strides, n_heads, n_q, n_tiles,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, OWN: tl.constexpr,
@@ -329,7 +335,7 @@ def _grad_query_tiles(
     return acc
 
 
-@triton.jit(do_not_specialize=["n_heads", "n_q", "n_k", "query_start", "n_places", "n_lines", "n_tiles", "first_tile", "order_step"])
+@triton.jit(do_not_specialize=_LENGTHS)
 def _grad_query(
     query, key, value, grad_out, grad_query, delta, lse_log2, padding, starts, splits, blocks, masks, table, order,
     q_strides, k_strides, v_strides, grad_strides, out_strides, padding_strides,
@@ -405,7 +411,7 @@ def _grad_key_value_tiles(
     return grad_k, grad_v
 
 
-@triton.jit(do_not_specialize=["n_heads", "n_q", "n_k", "query_start", "n_places", "n_lines", "n_tiles", "order_step"])
+@triton.jit(do_not_specialize=_LENGTHS)
 def _grad_key_value(
     query, key, value, grad_out, grad_key, grad_value, delta, lse_log2, padding,
     starts, splits, blocks, masks, table, order,
@@ -578,7 +584,8 @@ def backward(
     first_tile, n_tiles = _query_tiles(config.own, n_q, query_start, lists, layout_n_q)
     _launch(
         _grad_query, n_tiles * batch * heads, device, config.num_warps, config.num_stages,
-        query, key, value, grad_out, grad_query, delta, lse_log2, key_padding_mask, *lists.rows, lists.table, lists.order,
+        query, key, value, grad_out, grad_query, delta, lse_log2, key_padding_mask,
+        *lists.rows, lists.table, lists.order,
         query.stride(), key.stride(), value.stride(), grad_out.stride(), grad_query.stride(), padding_strides,
         heads, group, n_q, n_k, query_start, layout_n_q, triton.cdiv(layout_n_q, block_size), n_tiles, first_tile,
         lists.layout_step, lists.order_step, scale, scale_log2, **constants,
@@ -590,7 +597,8 @@ def backward(
     partial_key, partial_value = grad_key, grad_value
     if not shared:
         partial_key, partial_value = (
-            torch.empty(batch, heads, n_k, g.shape[3], dtype=torch.float32, device=device) for g in (grad_key, grad_value)
+            torch.empty(batch, heads, n_k, grad.shape[3], dtype=torch.float32, device=device)
+            for grad in (grad_key, grad_value)
         )
     summed = group if shared else 1
     config, constants = _constants("grad_key_value", query, value, block_size)
