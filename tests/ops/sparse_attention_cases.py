@@ -118,7 +118,8 @@ def outputs_and_gradients(tensors: list[Tensor], kwargs: dict[str, Any], backend
     leaves = [t.detach().requires_grad_() for t in tensors]
     out, lse = gdl_kernels.sparse_attention(*leaves, return_lse=True, backend=backend, **kwargs)
     # -inf, of rows that keep nothing, has no gradient to give.
-    loss = (out * weights_like(out, seed)).sum() + (lse.masked_fill(lse == -torch.inf, 0) * weights_like(lse, seed)).sum()
+    finite = lse.masked_fill(lse == -torch.inf, 0)
+    loss = (out * weights_like(out, seed)).sum() + (finite * weights_like(lse, seed)).sum()
     gradients = torch.autograd.grad(loss, leaves)
     return {"out": out.detach(), "lse": lse.detach(), **{f"gradient of {n}": g for n, g in zip(GRADIENTS, gradients)}}
 
@@ -128,7 +129,7 @@ def weights_like(tensor: Tensor, seed: int) -> Tensor:
 
 
 def cancelling_terms(tensors: list[Tensor], exact: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Gradients of query and key are sums of P * (dP - rowsum(P * dP) + dlse), which cancel, in full for an only key."""
+    """Gradients of query and key are sums of P * (dP - rowsum(P * dP) + dlse), which cancel."""
     query, key, value = (t.double() for t in tensors)
     group = query.shape[1] // key.shape[1]
     grad_weights = weights_like(exact["out"], seed) @ value.repeat_interleave(group, 1).transpose(-1, -2)  # dP

@@ -54,10 +54,10 @@ def sparse_attention(
         backend: overrides the backend of this call.
 
     Returns:
-        ``(B, H, Nq, Dv)`` in the dtype of ``query``, and with ``return_lse`` also ``(B, H, Nq)`` in the dtype that sums are
-        kept in: float32, for float64 float64. A row that keeps nothing gives 0, zero gradients and ``lse = -inf``.
-        Differentiable twice in ``query``, ``key`` and ``value``, through ``lse`` too; the second derivative of the compiled
-        backends is the reference's, in O(Nq * Nk) memory.
+        ``(B, H, Nq, Dv)`` in the dtype of ``query``, and with ``return_lse`` also ``(B, H, Nq)`` in the dtype that sums
+        are kept in: float32, for float64 float64. A row that keeps nothing gives 0, zero gradients and ``lse = -inf``.
+        Differentiable twice in ``query``, ``key`` and ``value``, through ``lse`` too; the second derivative of the
+        compiled backends is the reference's, in O(Nq * Nk) memory.
 
     Raises:
         ValueError: if shapes, head counts, lengths or devices do not fit each other or the layout.
