@@ -42,7 +42,12 @@ CXX_FLAGS = [
 ]  # fmt: skip
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-CPU_FLAGS = {"_cpu_avx512": AVX512, "_cpu_avx2": AVX2, "_cpu_default": []}
+CPU_FLAGS = {
+    "_cpu_avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "_cpu_avx512": AVX512,
+    "_cpu_avx2": AVX2,
+    "_cpu_default": [],
+}
 
 NVCC_FLAGS = ["-O3", "-std=c++17", "-DNDEBUG", "-lineinfo", "-Xcompiler", "-Wall,-fPIC,-fvisibility=hidden"]
 #: Machine code to make for each architecture that nvcc knows: sm_80 runs on all of 8.x, and 90a has Hopper's own

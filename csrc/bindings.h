@@ -1,7 +1,9 @@
-// Every op binds itself: csrc/bindings_<backend>_<op>.cpp holds one `static const gdl::Binding`, and the module runs them all.
+// Every op binds itself: csrc/bindings_<backend>_<op>.cpp holds one `static const gdl::Binding`, and the module runs
+// them all.
 //
-// Bindings take addresses and sizes as integers, never tensors. So no native file includes a torch header: it compiles in
-// seconds, links against no libtorch, and one build serves every torch version. The launchers in Python read tensors.
+// Bindings take addresses and sizes as integers, never tensors. So no native file includes a torch header: it compiles
+// in seconds, links against no libtorch, and one build serves every torch version. The launchers in Python read
+// tensors.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -12,10 +12,10 @@ gdl::Strided strided(const Tensor& tensor) {
   return {gdl::pointer<void>(address), s[0], s[1], s[2], s[3]};
 }
 
-// sizes: batch, heads, kv_heads, n_q, n_k, head_dim, value_dim, layout_n_q, layout_n_k, layout_heads, block_size, order_heads,
-// query_start. layout: the addresses of Layout.tensors().
-gdl::Attention attention(const std::array<std::int64_t, 13>& sizes, const std::array<Address, 10>& layout, Address padding,
-                         double scale, int threads) {
+// sizes: batch, heads, kv_heads, n_q, n_k, head_dim, value_dim, layout_n_q, layout_n_k, layout_heads, block_size,
+// order_heads, query_start. layout: the addresses of Layout.tensors().
+gdl::Attention attention(const std::array<std::int64_t, 13>& sizes, const std::array<Address, 10>& layout,
+                         Address padding, double scale, int threads) {
   const auto at = [&](int i) { return gdl::pointer<const std::int32_t>(layout[i]); };
   gdl::Attention call{};
   std::tie(call.batch, call.heads, call.kv_heads, call.n_q, call.n_k, call.head_dim, call.value_dim, call.layout_n_q,
@@ -33,25 +33,25 @@ gdl::Attention attention(const std::array<std::int64_t, 13>& sizes, const std::a
 
 const gdl::Binding binding([](pybind11::module_& module) {
   module.def("sparse_attention_forward",
-             [](int element, const std::array<std::int64_t, 13>& sizes, const std::array<Address, 10>& layout,
-                Address padding, double scale, int threads, const Tensor& query, const Tensor& key, const Tensor& value,
-                const Tensor& out, Address lse) {
+             [](const std::string& dtype, const std::array<std::int64_t, 13>& sizes,
+                const std::array<Address, 10>& layout, Address padding, double scale, int threads, const Tensor& query,
+                const Tensor& key, const Tensor& value, const Tensor& out, Address lse) {
                const pybind11::gil_scoped_release release;
-               gdl::sparse_attention_forward(static_cast<gdl::Element>(element),
-                                             attention(sizes, layout, padding, scale, threads), strided(query), strided(key),
-                                             strided(value), strided(out), gdl::pointer<void>(lse));
+               gdl::sparse_attention_forward(dtype, attention(sizes, layout, padding, scale, threads), strided(query),
+                                             strided(key), strided(value), strided(out), gdl::pointer<void>(lse));
              });
-  module.def("sparse_attention_backward",
-             [](int element, const std::array<std::int64_t, 13>& sizes, const std::array<Address, 10>& layout,
-                Address padding, double scale, int threads, const Tensor& grad_out, Address grad_lse, const Tensor& query,
-                const Tensor& key, const Tensor& value, const Tensor& out, Address lse, const Tensor& grad_query,
-                const Tensor& grad_key, const Tensor& grad_value) {
-               const pybind11::gil_scoped_release release;
-               gdl::sparse_attention_backward(
-                   static_cast<gdl::Element>(element), attention(sizes, layout, padding, scale, threads), strided(grad_out),
-                   gdl::pointer<const void>(grad_lse), strided(query), strided(key), strided(value), strided(out),
-                   gdl::pointer<const void>(lse), strided(grad_query), strided(grad_key), strided(grad_value));
-             });
+  module.def(
+      "sparse_attention_backward",
+      [](const std::string& dtype, const std::array<std::int64_t, 13>& sizes, const std::array<Address, 10>& layout,
+         Address padding, double scale, int threads, const Tensor& grad_out, Address grad_lse, const Tensor& query,
+         const Tensor& key, const Tensor& value, const Tensor& out, Address lse, const Tensor& grad_query,
+         const Tensor& grad_key, const Tensor& grad_value) {
+        const pybind11::gil_scoped_release release;
+        gdl::sparse_attention_backward(dtype, attention(sizes, layout, padding, scale, threads), strided(grad_out),
+                                       gdl::pointer<const void>(grad_lse), strided(query), strided(key), strided(value),
+                                       strided(out), gdl::pointer<const void>(lse), strided(grad_query),
+                                       strided(grad_key), strided(grad_value));
+      });
 });
 
 }  // namespace

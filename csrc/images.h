@@ -11,8 +11,8 @@
 
 namespace gdl {
 
-// A tensor (N, C, P) as lines of numbers next to each other in memory: the pixels of a channel, or with channels_last the
-// channels of a pixel.
+// A tensor (N, C, P) as lines of numbers next to each other in memory: the pixels of a channel, or with channels_last
+// the channels of a pixel.
 template <typename T>
 struct Lines {
   T* data;

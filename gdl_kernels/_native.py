@@ -16,7 +16,10 @@ import torch
 #: CPU variants by PyTorch's own name for the machine's capability, which reads CPUID and ATEN_CPU_CAPABILITY.
 VARIANTS = {"AVX512": "_cpu_avx512", "AVX2": "_cpu_avx2", "DEFAULT": "_cpu_default"}
 
-MODULES = (*VARIANTS.values(), "_cuda")
+#: For CPUs that have bfloat16 dot products besides AVX-512.
+BF16_VARIANT = "_cpu_avx512_bf16"
+
+MODULES = (BF16_VARIANT, *VARIANTS.values(), "_cuda")
 
 Loaded = tuple[ModuleType | None, str]
 
@@ -55,7 +58,10 @@ def load(name: str) -> Loaded:
 
 def cpu_variant() -> str:
     """The name of the CPU module that this machine runs."""
-    return VARIANTS.get(torch.backends.cpu.get_cpu_capability(), "_cpu_default")
+    variant = VARIANTS.get(torch.backends.cpu.get_cpu_capability(), "_cpu_default")
+    if variant == "_cpu_avx512" and torch.cpu._is_avx512_bf16_supported() and is_built(BF16_VARIANT):
+        return BF16_VARIANT
+    return variant
 
 
 @functools.cache

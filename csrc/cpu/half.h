@@ -1,7 +1,8 @@
 // 16-bit floating point numbers on the CPU: storage types, and loops that widen to float and round back.
 //
-// Rounding is to nearest even, NaN stays NaN, and every variant of a build gives the same bits: the portable float16 path
-// agrees with the F16C instructions, signalling NaNs included, and neither depends on whether denormals are flushed.
+// Rounding is to nearest even, NaN stays NaN, and every variant of a build gives the same bits: the portable float16
+// path agrees with the F16C instructions, signalling NaNs included, and neither depends on whether denormals are
+// flushed.
 #pragma once
 
 #include <cstdint>

@@ -62,7 +62,8 @@ void write(T* out, accumulator_t<T>* buffer, int64_t n, Value value) {
   }
 }
 
-// sums[i] += the sum over c of term(c)[i]. In groups of sqrt(C), so that rounding errors grow with the root of C, not C.
+// sums[i] += the sum over c of term(c)[i]. In groups of sqrt(C), so that rounding errors grow with the root of C, not
+// C.
 template <typename A, typename Term>
 void sum_over_channels(int64_t channels, int64_t n, A* __restrict sums, A* __restrict group, Term add_term) {
   const int64_t size = static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(channels))));
@@ -210,7 +211,7 @@ void pixel_norm_backward(Images images, double eps, Lines<const T> grad, Lines<c
   (images.channels_last ? backward_channels_last<T> : backward_planes<T>)(images, eps, grad, x, dx, threads);
 }
 
-#define GDL_INSTANTIATE(T)                                                          \
+#define GDL_INSTANTIATE(T)                                                            \
   template void pixel_norm_forward<T>(Images, double, Lines<const T>, Lines<T>, int); \
   template void pixel_norm_backward<T>(Images, double, Lines<const T>, Lines<const T>, Lines<T>, int);
 GDL_INSTANTIATE(float)

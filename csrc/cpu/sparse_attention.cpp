@@ -1,7 +1,8 @@
 // Forward pass of block-sparse attention.
 //
-// One task is one tile of query rows of one head. It walks the row's list of kept blocks, a few tiles of keys at a time, with
-// the running maximum and sum of the online softmax. Queries carry scale * log2(e), so that a probability is one exp2.
+// One task is one tile of query rows of one head. It walks the row's list of kept blocks, a few tiles of keys at a
+// time, with the running maximum and sum of the online softmax. Queries carry scale * log2(e), so that a probability is
+// one exp2; but queries that are multiplied as bfloat16 stay as they are, and the scores are scaled.
 #include "sparse_attention.h"
 
 #include <algorithm>
@@ -17,6 +18,48 @@ namespace {
 constexpr int kKeysAtOnce = 256;
 // A row more than a power of two apart, or the rows of a tile would share a few sets of the L1 cache.
 constexpr int kScoresStride = kKeysAtOnce + 16;
+
+// What the products of elements E are made of.
+template <typename E>
+struct OperandOf {
+  using type = accumulator_t<E>;
+};
+#if defined(GDL_BF16_DOT)
+template <>
+struct OperandOf<bfloat16> {
+  using type = Bf16Pair;
+};
+#endif
+
+// Numbers in one operand.
+template <typename X>
+constexpr int kPacked = std::is_same_v<X, Bf16Pair> ? 2 : 1;
+
+inline Bf16Pair make_pair(float first, float second) {
+  return {from_accumulator<bfloat16>(first), from_accumulator<bfloat16>(second)};
+}
+
+// Rows of numbers as the left side of a product: pairs run along the row.
+inline void pack_left(const float* from, int ld, Bf16Pair* to, int ld_to, int rows, int columns) {
+  for (int i = 0; i < rows; ++i) store(from + i * ld, &to[i * ld_to].first, (columns + 1) / 2 * 2);
+}
+
+// Rows of numbers as the right side of a product: pairs run down the columns.
+inline void pack_right(const float* from, int ld, Bf16Pair* to, int ld_to, int rows, int columns) {
+  for (int i = 0; i < rows; i += 2)
+    for (int j = 0; j < columns; ++j) to[i / 2 * ld_to + j] = make_pair(from[i * ld + j], from[(i + 1) * ld + j]);
+}
+
+// The same of the transposed rows.
+template <typename T>
+void pack_right_transposed(const T* from, int ld, T* to, int ld_to, int rows, int columns) {
+  transpose(from, ld, to, ld_to, rows, columns);
+}
+
+inline void pack_right_transposed(const float* from, int ld, Bf16Pair* to, int ld_to, int rows, int columns) {
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < columns; j += 2) to[j / 2 * ld_to + i] = make_pair(from[i * ld + j], from[i * ld + j + 1]);
+}
 
 struct RowTile {
   std::int64_t layout_head, block;
@@ -53,11 +96,12 @@ std::vector<RowTile> row_tiles(const Attention& call, const Geometry& geometry) 
   return tiles;
 }
 
-// Packed keys and values: for every block that some row of the call keeps, per tile a panel (head_dim, tile) of keys and one
-// (tile, value_dim) of values. Heads share panels unless their orders differ.
+// Packed keys and values: for every block that some row of the call keeps, per tile a panel (head_dim, tile) of keys
+// and one (tile, value_dim) of values. Heads share panels unless their orders differ.
 template <typename E>
 struct Panels {
   using T = accumulator_t<E>;
+  using X = typename OperandOf<E>::type;
 
   Panels(const Attention& call, const Geometry& geometry, const std::vector<RowTile>& tiles, const Strided& key,
          const Strided& value)
@@ -65,9 +109,10 @@ struct Panels {
         group(geometry.group),
         tiles_per_block(geometry.tiles_per_block),
         heads(per_query_head ? call.heads : call.kv_heads),
+        depth((static_cast<int>(call.head_dim) + kPacked<X> - 1) / kPacked<X>),
         value_dim(padded<T>(call.value_dim)),
-        key_size(call.head_dim * geometry.tile),
-        value_size(static_cast<std::int64_t>(geometry.tile) * value_dim),
+        key_size(static_cast<std::int64_t>(depth) * geometry.tile),
+        value_size(static_cast<std::int64_t>(geometry.tile / kPacked<X>) * value_dim),
         slot(geometry.k_blocks, -1) {
     for (const RowTile& t : tiles) {
       const std::int64_t line = (call.layout_heads == 1 ? 0 : t.layout_head) * geometry.q_blocks + t.block;
@@ -81,26 +126,36 @@ struct Panels {
       }
     count = static_cast<std::int64_t>(blocks.size()) * geometry.tiles_per_block;
     const std::int64_t panels = call.batch * heads * count;
-    keys = make_buffer<T>(panels * key_size);
-    values = make_buffer<T>(panels * value_size);
+    keys = make_buffer<X>(panels * key_size);
+    values = make_buffer<X>(panels * value_size);
     if (call.key_padding_mask != nullptr) {
       bias = make_buffer<T>(panels * geometry.tile);
       biased.resize(panels);
     }
-    const int head_dim = padded<T>(call.head_dim);
+    const int head_dim = padded<T>(call.head_dim), tile = geometry.tile;
     parallel_for(
-        call.threads, panels, [&] { return make_buffer<T>(geometry.tile * head_dim); },
+        call.threads, panels, [&] { return make_buffer<T>(tile * std::max(head_dim, value_dim)); },
         [&](std::int64_t panel, Buffer<T>& rows) {
-          const std::int64_t head = panel / count % heads, batch = panel / count / heads, kv_head = per_query_head ? head / geometry.group : head;
-          const std::int64_t block = blocks[panel % count / geometry.tiles_per_block];
-          const std::int64_t first = block * call.block_size + panel % geometry.tiles_per_block * geometry.tile;
-          for (int j = 0; j < geometry.tile; ++j) {
-            const std::int64_t position = key_at(call, head, first + j);
-            load_features<E>(key, batch, kv_head, position, call.head_dim, rows.get() + j * head_dim, head_dim);
-            load_features<E>(value, batch, kv_head, position, call.value_dim, values.get() + panel * value_size + j * value_dim, value_dim);
+          const std::int64_t head = panel / count % heads, batch = panel / count / heads;
+          const std::int64_t kv_head = per_query_head ? head / group : head;
+          const std::int64_t block = blocks[panel % count / tiles_per_block];
+          const std::int64_t first = block * call.block_size + panel % tiles_per_block * tile;
+          std::int64_t positions[kMaxTile];
+          for (int j = 0; j < tile; ++j) {
+            positions[j] = key_at(call, head, first + j);
+            load_features<E>(key, batch, kv_head, positions[j], call.head_dim, rows.get() + j * head_dim, head_dim);
           }
-          transpose(rows.get(), head_dim, keys.get() + panel * key_size, geometry.tile, geometry.tile, static_cast<int>(call.head_dim));
-          if (bias) biased[panel] = padding_bias(call, batch, head, first, geometry.tile, bias.get() + panel * geometry.tile);
+          pack_right_transposed(rows.get(), head_dim, keys.get() + panel * key_size, tile, tile,
+                                static_cast<int>(call.head_dim));
+          X* to = values.get() + panel * value_size;
+          for (int j = 0; j < tile; ++j) {
+            // Floats are their own operands and need no second copy.
+            T* row = rows.get() + j * value_dim;
+            if constexpr (std::is_same_v<X, T>) row = to + j * value_dim;
+            load_features<E>(value, batch, kv_head, positions[j], call.value_dim, row, value_dim);
+          }
+          if constexpr (!std::is_same_v<X, T>) pack_right(rows.get(), value_dim, to, value_dim, tile, value_dim);
+          if (bias) biased[panel] = padding_bias(call, batch, head, first, tile, bias.get() + panel * tile);
         });
   }
 
@@ -111,14 +166,25 @@ struct Panels {
 
   bool per_query_head;
   std::int64_t group, tiles_per_block, heads;
+  int depth;  // operands to a score
   int value_dim;
   std::int64_t key_size, value_size, count = 0;
   std::vector<std::int64_t> slot;  // by block column; -1 where no row keeps it
-  Buffer<T> keys, values, bias;
+  Buffer<X> keys, values;
+  Buffer<T> bias;
   std::vector<char> biased;
 };
 
-// One step of the online softmax: scores become exp2(score - maximum), and sums and outputs are brought to the new maximum.
+inline void scale_scores(float* scores, int rows, int columns, float scale) {
+  for (int i = 0; i < rows; ++i)
+    for (int v = 0; v < columns; v += kWidth<float>) {
+      float* at = scores + i * kScoresStride + v;
+      store<float>(at, load(at) * scale);
+    }
+}
+
+// One step of the online softmax: scores become exp2(score - maximum), and sums and outputs are brought to the new
+// maximum.
 template <typename T>
 void softmax_step(T* scores, int rows, int columns, T* maxima, T* sums, T* out, int value_dim) {
   constexpr T nothing = -std::numeric_limits<T>::infinity();
@@ -152,16 +218,18 @@ void softmax_step(T* scores, int rows, int columns, T* maxima, T* sums, T* out, 
     if (maximum != maxima[i]) {
       const T shrink = exp2<T>(broadcast<T>(maxima[i] - maximum))[0];
       sums[i] *= shrink;
-      for (int v = 0; v < value_dim; v += kWidth<T>) store<T>(out + i * value_dim + v, load(out + i * value_dim + v) * shrink);
+      for (int v = 0; v < value_dim; v += kWidth<T>)
+        store<T>(out + i * value_dim + v, load(out + i * value_dim + v) * shrink);
       maxima[i] = maximum;
     }
     sums[i] += reduce_sum<T>(total);
   }
 }
 
-template <typename T>
+template <typename T, typename X>
 struct Scratch {
-  Buffer<T> query, scores, out;
+  Buffer<T> rows, scores, out;
+  Buffer<X> query, weights;  // of packed operands
   T maxima[kMaxTile], sums[kMaxTile];
 };
 
@@ -169,6 +237,8 @@ template <typename E>
 void forward(const Attention& call, const Strided& query, const Strided& key, const Strided& value, const Strided& out,
              void* lse_data) {
   using T = accumulator_t<E>;
+  using X = typename OperandOf<E>::type;
+  constexpr bool packed = !std::is_same_v<X, T>;
   const Geometry geometry(call);
   const std::vector<RowTile> tiles = row_tiles(call, geometry);
   const Panels<E> panels(call, geometry, tiles, key, value);
@@ -179,11 +249,18 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
 
   // Tiles of one head follow each other, so that its panels stay in the caches.
   const std::int64_t own = std::max(call.layout_heads, call.order_heads) > 1;
-  const std::int64_t tiles_of_batch = own ? static_cast<std::int64_t>(tiles.size()) : call.heads * static_cast<std::int64_t>(tiles.size());
+  const std::int64_t tiles_of_batch =
+      own ? static_cast<std::int64_t>(tiles.size()) : call.heads * static_cast<std::int64_t>(tiles.size());
   const auto scratch = [&] {
-    return Scratch<T>{make_buffer<T>(tile * head_dim), make_buffer<T>(tile * kScoresStride), make_buffer<T>(tile * value_dim), {}, {}};
+    return Scratch<T, X>{make_buffer<T>(tile * head_dim),
+                         make_buffer<T>(tile * kScoresStride),
+                         make_buffer<T>(tile * value_dim),
+                         make_buffer<X>(packed ? tile * panels.depth : 0),
+                         make_buffer<X>(packed ? tile * kScoresStride / 2 : 0),
+                         {},
+                         {}};
   };
-  parallel_for(call.threads, call.batch * tiles_of_batch, scratch, [&](std::int64_t task, Scratch<T>& s) {
+  parallel_for(call.threads, call.batch * tiles_of_batch, scratch, [&](std::int64_t task, Scratch<T, X>& s) {
     const std::int64_t batch = task / tiles_of_batch, in_batch = task % tiles_of_batch;
     const RowTile& t = tiles[in_batch % static_cast<std::int64_t>(tiles.size())];
     const std::int64_t head = own ? t.layout_head : in_batch / static_cast<std::int64_t>(tiles.size());
@@ -193,11 +270,20 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
     for (int i = 0; i < tile; ++i) {
       const std::int64_t q = query_at(call, head, t.block * call.block_size + t.first + i);
       if (q < 0) continue;
-      T* to = s.query.get() + rows * head_dim;
+      T* to = s.rows.get() + rows * head_dim;
       load_features<E>(query, batch, head, q, call.head_dim, to, head_dim);
-      for (int v = 0; v < head_dim; v += kWidth<T>) store<T>(to + v, load(to + v) * scale);
+      if (!packed)
+        for (int v = 0; v < head_dim; v += kWidth<T>) store<T>(to + v, load(to + v) * scale);
       queries[rows] = q;
       bit_rows[rows++] = t.first + i;
+    }
+    const X *left, *weights;
+    int ld_left, ld_weights;
+    if constexpr (packed) {
+      pack_left(s.rows.get(), head_dim, s.query.get(), panels.depth, rows, static_cast<int>(call.head_dim));
+      left = s.query.get(), ld_left = panels.depth, weights = s.weights.get(), ld_weights = kScoresStride / 2;
+    } else {
+      left = s.rows.get(), ld_left = head_dim, weights = s.scores.get(), ld_weights = kScoresStride;
     }
     std::fill(s.maxima, s.maxima + rows, -std::numeric_limits<T>::infinity());
     std::fill(s.sums, s.sums + rows, T(0));
@@ -209,7 +295,7 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
     const std::int64_t last = std::int64_t(call.rows.starts[line + 1]) * geometry.tiles_per_block;
     for (std::int64_t begin = first; begin < last; begin += at_once) {
       const int count = static_cast<int>(std::min<std::int64_t>(at_once, last - begin));
-      const T *keys[kKeysAtOnce / 16 + 1], *values[kKeysAtOnce / 16 + 1];
+      const X *keys[kKeysAtOnce / 16 + 1], *values[kKeysAtOnce / 16 + 1];
       for (int k = 0; k < count; ++k) {
         const std::int64_t panel = panels.of(batch, head, call.rows.blocks[(begin + k) / geometry.tiles_per_block]) +
                                    (begin + k) % geometry.tiles_per_block;
@@ -222,22 +308,23 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
         const std::int64_t entry = (begin + k) / geometry.tiles_per_block;
         const int part = static_cast<int>((begin + k) % geometry.tiles_per_block);
         T* scores = s.scores.get() + k * tile;
-        gemm<false>(rows, tile, static_cast<int>(call.head_dim), s.query.get(), head_dim, 1, keys[k], tile, scores,
-                    kScoresStride, keys[k + 1]);
+        gemm<false>(rows, tile, panels.depth, left, ld_left, 1, keys[k], tile, scores, kScoresStride, keys[k + 1]);
+        if constexpr (packed) scale_scores(scores, rows, tile, scale);
         if (entry >= split) {
           const std::int64_t mask = std::int64_t(call.rows.masks[entry]) * call.block_size * geometry.words;
           mask_scores(scores, kScoresStride, rows, tile, call.mask_table + mask, geometry.words, bit_rows, part * tile);
         }
         if (panels.bias) {
           const std::int64_t panel = (keys[k] - panels.keys.get()) / panels.key_size;
-          if (panels.biased[panel])
-            add_bias(scores, kScoresStride, rows, tile, panels.bias.get() + panel * tile);
+          if (panels.biased[panel]) add_bias(scores, kScoresStride, rows, tile, panels.bias.get() + panel * tile);
         }
       }
       softmax_step(s.scores.get(), rows, count * tile, s.maxima, s.sums, s.out.get(), value_dim);
+      if constexpr (packed)
+        pack_left(s.scores.get(), kScoresStride, s.weights.get(), kScoresStride / 2, rows, count * tile);
       for (int k = 0; k < count; ++k)
-        gemm<true>(rows, value_dim, tile, s.scores.get() + k * tile, kScoresStride, 1, values[k], value_dim, s.out.get(),
-                   value_dim, values[k + 1]);
+        gemm<true>(rows, value_dim, tile / kPacked<X>, weights + k * tile / kPacked<X>, ld_weights, 1, values[k],
+                   value_dim, s.out.get(), value_dim, values[k + 1]);
     }
 
     for (int i = 0; i < rows; ++i) {
@@ -254,9 +341,9 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
 
 }  // namespace
 
-void sparse_attention_forward(Element element, const Attention& call, const Strided& query, const Strided& key,
+void sparse_attention_forward(const std::string& dtype, const Attention& call, const Strided& query, const Strided& key,
                               const Strided& value, const Strided& out, void* lse) {
-  with_element(element, [&](auto e) { forward<decltype(e)>(call, query, key, value, out, lse); });
+  dispatch(dtype, [&](auto type) { forward<typename decltype(type)::type>(call, query, key, value, out, lse); });
 }
 
 }  // namespace gdl

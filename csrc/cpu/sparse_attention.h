@@ -2,10 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace gdl {
-
-enum class Element : int { float32, float16, bfloat16, float64 };
 
 // A tensor (batch, heads, positions, features) with any strides, counted in elements.
 struct Strided {
@@ -31,14 +30,14 @@ struct Attention {
   int threads;
 };
 
-// lse is (batch, heads, n_q) in float, in double for float64, here and below.
-void sparse_attention_forward(Element element, const Attention& call, const Strided& query, const Strided& key,
+// dtype by PyTorch's name. lse is (batch, heads, n_q) in float, in double for float64, here and below.
+void sparse_attention_forward(const std::string& dtype, const Attention& call, const Strided& query, const Strided& key,
                               const Strided& value, const Strided& out, void* lse);
 
 // grad_lse may be null. Fills every element of the three gradients.
-void sparse_attention_backward(Element element, const Attention& call, const Strided& grad_out, const void* grad_lse,
-                               const Strided& query, const Strided& key, const Strided& value, const Strided& out,
-                               const void* lse, const Strided& grad_query, const Strided& grad_key,
+void sparse_attention_backward(const std::string& dtype, const Attention& call, const Strided& grad_out,
+                               const void* grad_lse, const Strided& query, const Strided& key, const Strided& value,
+                               const Strided& out, const void* lse, const Strided& grad_query, const Strided& grad_key,
                                const Strided& grad_value);
 
 }  // namespace gdl

@@ -1,8 +1,8 @@
 // Backward pass of block-sparse attention.
 //
-// One task is a range of block columns of one key head. It walks the columns' lists, so dK and dV of a column are summed in
-// one place, and adds to its own copy of dQ, which are added up at the end: five products a tile, no atomics, the same bits
-// every run. With S = scale * Q K^T, P = exp(S - lse), dP = dO V^T and delta = rowsum(dO * O) - dlse:
+// One task is a range of block columns of one key head. It walks the columns' lists, so dK and dV of a column are
+// summed in one place, and adds to its own copy of dQ, which are added up at the end: five products a tile, no atomics,
+// the same bits every run. With S = scale * Q K^T, P = exp(S - lse), dP = dO V^T and delta = rowsum(dO * O) - dlse:
 //   dV = P^T dO,  dS = P * (dP - delta),  dK = scale * dS^T Q,  dQ = scale * dS K.
 #include <algorithm>
 #include <vector>
@@ -13,8 +13,8 @@
 namespace gdl {
 namespace {
 
-// Queries and output gradients of every head in the order of places, widened; queries times scale * log2(e). Places without
-// a query are zeros with lse = inf, which makes their probabilities 0.
+// Queries and output gradients of every head in the order of places, widened; queries times scale * log2(e). Places
+// without a query are zeros with lse = inf, which makes their probabilities 0.
 template <typename E>
 struct PackedRows {
   using T = accumulator_t<E>;
@@ -83,9 +83,9 @@ struct KeyTile {
 };
 
 template <typename E>
-void backward(const Attention& call, const Strided& grad_out, const void* grad_lse, const Strided& query, const Strided& key,
-              const Strided& value, const Strided& out, const void* lse, const Strided& grad_query, const Strided& grad_key,
-              const Strided& grad_value) {
+void backward(const Attention& call, const Strided& grad_out, const void* grad_lse, const Strided& query,
+              const Strided& key, const Strided& value, const Strided& out, const void* lse, const Strided& grad_query,
+              const Strided& grad_key, const Strided& grad_value) {
   using T = accumulator_t<E>;
   const Geometry geometry(call);
   const PackedRows<E> rows(call, geometry, grad_out, grad_lse, query, out, lse);
@@ -100,11 +100,13 @@ void backward(const Attention& call, const Strided& grad_out, const void* grad_l
 
   const auto scratch = [&] { return KeyTile<T>(call, tile, head_dim, value_dim); };
   parallel_for(call.threads, units * splits, scratch, [&](std::int64_t task, KeyTile<T>& s) {
-    const std::int64_t split = task % splits, kv_head = task / splits % call.kv_heads, batch = task / splits / call.kv_heads;
+    const std::int64_t split = task % splits, kv_head = task / splits % call.kv_heads,
+                       batch = task / splits / call.kv_heads;
     const std::int64_t first_head = kv_head * geometry.group;
     T* grad_of_unit = grad_queries.get() + split * copy_size + (batch * call.heads + first_head) * head_size;
     std::fill(grad_of_unit, grad_of_unit + geometry.group * head_size, T(0));
-    for (std::int64_t block = geometry.k_blocks * split / splits; block < geometry.k_blocks * (split + 1) / splits; ++block)
+    for (std::int64_t block = geometry.k_blocks * split / splits; block < geometry.k_blocks * (split + 1) / splits;
+         ++block)
       for (int part = 0; part < geometry.tiles_per_block; ++part) {
         const std::int64_t first = block * call.block_size + part * tile;
         // Orders that differ come with key heads of their own, so any head of the group has the keys' order.
@@ -115,7 +117,8 @@ void backward(const Attention& call, const Strided& grad_out, const void* grad_l
         }
         transpose(s.keys.get(), head_dim, s.keys_transposed.get(), tile, tile, static_cast<int>(call.head_dim));
         transpose(s.values.get(), value_dim, s.values_transposed.get(), tile, tile, static_cast<int>(call.value_dim));
-        const bool biased = call.key_padding_mask != nullptr && padding_bias(call, batch, first_head, first, tile, s.bias);
+        const bool biased =
+            call.key_padding_mask != nullptr && padding_bias(call, batch, first_head, first, tile, s.bias);
         std::fill(s.grad_keys.get(), s.grad_keys.get() + tile * head_dim, T(0));
         std::fill(s.grad_values.get(), s.grad_values.get() + tile * value_dim, T(0));
 
@@ -129,14 +132,19 @@ void backward(const Attention& call, const Strided& grad_out, const void* grad_l
               const T* queries = rows.queries.get() + row * head_dim;
               const T* grads = rows.grads.get() + row * value_dim;
               T *p = s.scores.get(), *ds = s.grad_scores.get();
-              gemm<false>(tile, tile, static_cast<int>(call.head_dim), queries, head_dim, 1, s.keys_transposed.get(), tile, p, tile);
+              gemm<false>(tile, tile, static_cast<int>(call.head_dim), queries, head_dim, 1, s.keys_transposed.get(),
+                          tile, p, tile);
               if (entry >= call.columns.splits[line]) {
                 int bit_rows[kMaxTile];
                 for (int i = 0; i < tile; ++i) bit_rows[i] = t * tile + i;
-                mask_scores(p, tile, tile, tile, call.mask_table + std::int64_t(call.columns.masks[entry]) * call.block_size * geometry.words, geometry.words, bit_rows, part * tile);
+                mask_scores(
+                    p, tile, tile, tile,
+                    call.mask_table + std::int64_t(call.columns.masks[entry]) * call.block_size * geometry.words,
+                    geometry.words, bit_rows, part * tile);
               }
               if (biased) add_bias(p, tile, tile, tile, s.bias);
-              gemm<false>(tile, tile, static_cast<int>(call.value_dim), grads, value_dim, 1, s.values_transposed.get(), tile, ds, tile);
+              gemm<false>(tile, tile, static_cast<int>(call.value_dim), grads, value_dim, 1, s.values_transposed.get(),
+                          tile, ds, tile);
               for (int i = 0; i < tile; ++i)
                 for (int v = i * tile; v < (i + 1) * tile; v += kWidth<T>) {
                   const Vec<T> probability = exp2<T>(load(p + v) - rows.lse[row + i]);
@@ -145,7 +153,8 @@ void backward(const Attention& call, const Strided& grad_out, const void* grad_l
                 }
               gemm<true>(tile, value_dim, tile, p, 1, tile, grads, value_dim, s.grad_values.get(), value_dim);
               gemm<true>(tile, head_dim, tile, ds, 1, tile, queries, head_dim, s.grad_keys.get(), head_dim);
-              gemm<true>(tile, head_dim, tile, ds, tile, 1, s.keys.get(), head_dim, grad_of_unit + (head - first_head) * head_size + place * head_dim, head_dim);
+              gemm<true>(tile, head_dim, tile, ds, tile, 1, s.keys.get(), head_dim,
+                         grad_of_unit + (head - first_head) * head_size + place * head_dim, head_dim);
             }
         }
 
@@ -182,12 +191,13 @@ void backward(const Attention& call, const Strided& grad_out, const void* grad_l
 
 }  // namespace
 
-void sparse_attention_backward(Element element, const Attention& call, const Strided& grad_out, const void* grad_lse,
-                               const Strided& query, const Strided& key, const Strided& value, const Strided& out,
-                               const void* lse, const Strided& grad_query, const Strided& grad_key,
+void sparse_attention_backward(const std::string& dtype, const Attention& call, const Strided& grad_out,
+                               const void* grad_lse, const Strided& query, const Strided& key, const Strided& value,
+                               const Strided& out, const void* lse, const Strided& grad_query, const Strided& grad_key,
                                const Strided& grad_value) {
-  with_element(element, [&](auto e) {
-    backward<decltype(e)>(call, grad_out, grad_lse, query, key, value, out, lse, grad_query, grad_key, grad_value);
+  dispatch(dtype, [&](auto type) {
+    backward<typename decltype(type)::type>(call, grad_out, grad_lse, query, key, value, out, lse, grad_query, grad_key,
+                                            grad_value);
   });
 }
 

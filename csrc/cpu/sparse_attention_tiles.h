@@ -1,7 +1,8 @@
 // What the forward and the backward pass of block-sparse attention share: places, tiles, packing, masks.
 //
-// Blocks are cut into tiles of at most 64 rows and 64 keys. Keys and values are packed once per call, widened to the type
-// that sums are kept in, so that the products read contiguous panels whatever the strides, dtype and order of the tensors.
+// Blocks are cut into tiles of at most 64 rows and 64 keys. Keys and values are packed once per call, widened to the
+// type that sums are kept in, so that the products read contiguous panels whatever the strides, dtype and order of the
+// tensors.
 #pragma once
 
 #include <atomic>
@@ -10,6 +11,7 @@
 #include <limits>
 
 #include "buffer.h"
+#include "dispatch.h"
 #include "gemm.h"
 #include "half.h"
 #include "sparse_attention.h"
@@ -62,8 +64,8 @@ inline std::int64_t key_at(const Attention& call, std::int64_t head, std::int64_
 
 // Features of one position, widened; zeros for position -1.
 template <typename E, typename T = accumulator_t<E>>
-inline void load_features(const Strided& x, std::int64_t batch, std::int64_t head, std::int64_t position, std::int64_t n,
-                          T* __restrict to, int padded_n) {
+inline void load_features(const Strided& x, std::int64_t batch, std::int64_t head, std::int64_t position,
+                          std::int64_t n, T* __restrict to, int padded_n) {
   int i = 0;
   if (position >= 0) {
     const E* from = static_cast<const E*>(x.data) + batch * x.batch + head * x.head + position * x.position;
@@ -98,8 +100,8 @@ inline void transpose(const T* __restrict from, int ld_from, T* __restrict to, i
 
 // bias[j] = -inf for the tile's keys that the padding mask leaves out, else 0. Returns whether there is any.
 template <typename T>
-inline bool padding_bias(const Attention& call, std::int64_t batch, std::int64_t head, std::int64_t first_place, int tile,
-                         T* bias) {
+inline bool padding_bias(const Attention& call, std::int64_t batch, std::int64_t head, std::int64_t first_place,
+                         int tile, T* bias) {
   bool any = false;
   for (int j = 0; j < tile; ++j) {
     const std::int64_t key = key_at(call, head, first_place + j);
@@ -113,13 +115,14 @@ inline bool padding_bias(const Attention& call, std::int64_t batch, std::int64_t
 template <typename T>
 inline void add_bias(T* scores, long ld, int rows, int columns, const T* bias) {
   for (int i = 0; i < rows; ++i)
-    for (int v = 0; v < columns; v += kWidth<T>) store<T>(scores + i * ld + v, load(scores + i * ld + v) + load(bias + v));
+    for (int v = 0; v < columns; v += kWidth<T>)
+      store<T>(scores + i * ld + v, load(scores + i * ld + v) + load(bias + v));
 }
 
 // Scores that a partial block does not keep become -inf. Row i of the tile is row bit_rows[i] of the block.
 template <typename T>
-inline void mask_scores(T* scores, long ld, int rows, int columns, const std::int32_t* mask, int words, const int* bit_rows,
-                        int first_column) {
+inline void mask_scores(T* scores, long ld, int rows, int columns, const std::int32_t* mask, int words,
+                        const int* bit_rows, int first_column) {
   const Vec<T> nothing = broadcast<T>(-std::numeric_limits<T>::infinity());
   for (int i = 0; i < rows; ++i) {
     const std::int32_t* bits = mask + bit_rows[i] * words;
@@ -149,17 +152,6 @@ void parallel_for(int threads, std::int64_t count, MakeScratch make_scratch, Wor
     }
   }
   if (out_of_memory) throw std::bad_alloc();
-}
-
-// Runs f with the element's type.
-template <typename F>
-void with_element(Element element, F f) {
-  switch (element) {
-    case Element::float32: return f(float{});
-    case Element::float16: return f(float16{});
-    case Element::bfloat16: return f(bfloat16{});
-    case Element::float64: return f(double{});
-  }
 }
 
 }  // namespace gdl

@@ -70,14 +70,20 @@ inline Vec<T> broadcast(T x) {
 template <typename T>
 inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return _mm512_max_ps(a, b);
-  else return _mm512_max_pd(a, b);
+  if constexpr (sizeof(T) == 4)
+    return _mm512_max_ps(a, b);
+  else
+    return _mm512_max_pd(a, b);
 #elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) return _mm256_max_ps(a, b);
-  else return _mm256_max_pd(a, b);
+  if constexpr (sizeof(T) == 4)
+    return _mm256_max_ps(a, b);
+  else
+    return _mm256_max_pd(a, b);
 #elif defined(__SSE2__)
-  if constexpr (sizeof(T) == 4) return _mm_max_ps(a, b);
-  else return _mm_max_pd(a, b);
+  if constexpr (sizeof(T) == 4)
+    return _mm_max_ps(a, b);
+  else
+    return _mm_max_pd(a, b);
 #else
   return a > b ? a : b;
 #endif
@@ -104,16 +110,21 @@ inline T reduce_sum(Vec<T> v) {
   return v[0];
 }
 
-// 2^f on [-1/2, 1/2], lowest power first: Chebyshev interpolation, relative error 2e-9 (float, before rounding) and 1e-17.
+// 2^f on [-1/2, 1/2], lowest power first: Chebyshev interpolation, relative error 2e-9 (float, before rounding) and
+// 1e-17.
 template <typename T>
 struct Exp2Polynomial;
 template <>
 struct Exp2Polynomial<float> {
-  static constexpr float c[] = {1.000000000e+00f, 6.931472067e-01f, 2.402265092e-01f, 5.550327227e-02f, 9.618056679e-03f, 1.340042818e-03f, 1.546144470e-04f};
+  static constexpr float c[] = {1.000000000e+00f, 6.931472067e-01f, 2.402265092e-01f, 5.550327227e-02f,
+                                9.618056679e-03f, 1.340042818e-03f, 1.546144470e-04f};
 };
 template <>
 struct Exp2Polynomial<double> {
-  static constexpr double c[] = {1.00000000000000000e+00, 6.93147180559945286e-01, 2.40226506959101582e-01, 5.55041086648216248e-02, 9.61812910758725638e-03, 1.33335581464064708e-03, 1.54035304637243530e-04, 1.52527338415567733e-05, 1.32154325359123753e-06, 1.01780570877339407e-07, 7.07419429728852106e-09, 4.45581790833606449e-10};
+  static constexpr double c[] = {1.00000000000000000e+00, 6.93147180559945286e-01, 2.40226506959101582e-01,
+                                 5.55041086648216248e-02, 9.61812910758725638e-03, 1.33335581464064708e-03,
+                                 1.54035304637243530e-04, 1.52527338415567733e-05, 1.32154325359123753e-06,
+                                 1.01780570877339407e-07, 7.07419429728852106e-09, 4.45581790833606449e-10};
 };
 
 // 2^x for x <= some hundreds. Exactly 0 for x <= -127 (-1023), -inf included; NaN stays NaN.

@@ -1,8 +1,7 @@
-#include "pixel_norm.h"
-
 #include <algorithm>
 
 #include "dtypes.cuh"
+#include "pixel_norm.h"
 
 namespace gdl {
 namespace {
@@ -48,8 +47,8 @@ __device__ void add_products(const Vector<T, V>& a, const Vector<T, V>& b, float
   for (int v = 0; v < V; ++v) sums[v] += p[v] * q[v];
 }
 
-// Hides where the words come from. Without it the compiler keeps 16-bit numbers widened to float until they are written:
-// twice the registers, more than there are.
+// Hides where the words come from. Without it the compiler keeps 16-bit numbers widened to float until they are
+// written: twice the registers, more than there are.
 template <typename T, int N>
 __device__ void stay_packed(Vector<T, 8> (&vectors)[N]) {
 #pragma unroll
@@ -335,8 +334,9 @@ cudaError_t pixel_norm_forward(const std::string& dtype, Images images, float ep
   if (images.count * images.channels * images.pixels == 0) return cudaSuccess;
   return dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    return (aligned<T>(images, {x, read_only(y)}) ? launch_forward<T, kVector<T>> : launch_forward<T, 1>)(
-        images, eps, typed<T>(x), typed<T>(y), stream);
+    return (aligned<T>(images, {x, read_only(y)})
+                ? launch_forward<T, kVector<T>>
+                : launch_forward<T, 1>)(images, eps, typed<T>(x), typed<T>(y), stream);
   });
 }
 
@@ -345,8 +345,9 @@ cudaError_t pixel_norm_backward(const std::string& dtype, Images images, float e
   if (images.count * images.channels * images.pixels == 0) return cudaSuccess;
   return dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    return (aligned<T>(images, {grad, x, read_only(dx)}) ? launch_backward<T, kVector<T>> : launch_backward<T, 1>)(
-        images, eps, typed<T>(grad), typed<T>(x), typed<T>(dx), stream);
+    return (aligned<T>(images, {grad, x, read_only(dx)})
+                ? launch_backward<T, kVector<T>>
+                : launch_backward<T, 1>)(images, eps, typed<T>(grad), typed<T>(x), typed<T>(dx), stream);
   });
 }
 

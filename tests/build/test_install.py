@@ -14,7 +14,7 @@ import pytest
 import setuptools
 from installation import copy_small_tree, copy_tree, make_target, pip_install, run
 
-CPU_MODULES = ("_cpu_avx512", "_cpu_avx2", "_cpu_default")
+CPU_MODULES = ("_cpu_avx512_bf16", "_cpu_avx512", "_cpu_avx2", "_cpu_default")
 
 #: What a user would do first, on whatever backend auto picks. Prints the warnings, and the error against float64.
 FIRST_CALL = """

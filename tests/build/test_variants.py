@@ -32,6 +32,8 @@ def test_the_capability_picks_the_module(capability: str) -> None:
     if here not in CAPABILITIES or CAPABILITIES.index(here) < CAPABILITIES.index(capability):
         pytest.skip(f"this CPU has {here}, and {capability} is more")
     name = _native.VARIANTS[capability]
+    if name == "_cpu_avx512" and torch.cpu._is_avx512_bf16_supported():
+        name = _native.BF16_VARIANT
     if not _native.is_built(name):
         pytest.skip(f"{name} is not built: {_native.why_not_built(name)}")
     variables = environment(ATEN_CPU_CAPABILITY=capability.lower(), PYTHONPATH=str(ROOT))

@@ -106,7 +106,7 @@ class Case:
 
 
 CASES = {
-    "blocks of 16, two to a tile of keys": Case(block_size=16, heads=1, kv_heads=1),
+    "blocks of 16, four to a tile of keys": Case(block_size=16, heads=1, kv_heads=1),
     "blocks of 32": Case(block_size=32),
     "blocks of 64": Case(block_size=64, n_q=100, n_k=100, heads=1, kv_heads=1),
     "blocks of 128, two programs or two tiles to a block": Case(block_size=128, n_q=150, n_k=150, heads=1, kv_heads=1),
@@ -138,7 +138,7 @@ CASES = {
 
 #: The interpreter takes seconds a case: there float16, whose tiles bfloat16 shares, has every case, the others these.
 IN_EVERY_DTYPE = [
-    "blocks of 16, two to a tile of keys",
+    "blocks of 16, four to a tile of keys",
     "four query heads share a key head",
     "padded keys, reordered, shared",
 ]

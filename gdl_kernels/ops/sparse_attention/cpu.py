@@ -7,20 +7,17 @@ from torch import Tensor
 
 from ... import _native
 
-#: gdl::Element
-_ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
-
 
 def _call(
     query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, layout: list[Tensor], sizes: list[int],
     scale: float, query_start: int,
-) -> tuple[int, tuple[int, ...], tuple[int, ...], int, float, int]:  # fmt: skip
+) -> tuple[str, tuple[int, ...], tuple[int, ...], int, float, int]:  # fmt: skip
     batch, heads, n_q, head_dim = query.shape
     kv_heads, n_k, value_dim = value.shape[1:]
     n_layout_q, n_layout_k, block_size = sizes
     order = layout[9]
     return (
-        _ELEMENTS[query.dtype],
+        str(query.dtype).removeprefix("torch."),
         (
             batch, heads, kv_heads, n_q, n_k, head_dim, value_dim,
             n_layout_q, n_layout_k, layout[1].shape[0], block_size, order.shape[0], query_start,

@@ -45,8 +45,8 @@ class Tiles(NamedTuple):
 TILES = {
     8: {
         "forward": {64: (128, 64, 5), 128: (128, 32, 5), 256: (64, 16, 3)},
-        "grad_query": {64: (128, 32, 5), 128: (128, 32, 5), 256: (64, 16, 3)},
-        "grad_key_value": {64: (128, 32, 5), 128: (64, 16, 2), 256: (64, 16, 2)},
+        "grad_query": {64: (128, 32, 5), 128: (64, 32, 5), 256: (64, 16, 3)},
+        "grad_key_value": {64: (128, 32, 3), 128: (64, 16, 3), 256: (64, 16, 2)},
     },
     9: {
         "forward": {64: (128, 64, 5), 128: (128, 64, 5), 256: (64, 16, 5)},
@@ -156,7 +156,7 @@ def _list_tile(blocks, first, last, tile, BLOCK: tl.constexpr, STEP: tl.constexp
 def _kept_keys(table, masks, first, last, tile, row, column, BLOCK: tl.constexpr, STEP: tl.constexpr):
     # Bits [rows, STEP] of a tile whose lanes are columns; ``row`` and ``column`` are indices in the block.
     WORDS: tl.constexpr = (BLOCK + 31) // 32
-    SEGMENT: tl.constexpr = min(BLOCK, STEP, 32)  # lanes that read one word
+    SEGMENT: tl.constexpr = 16 if BLOCK == 16 or STEP == 16 else 32  # lanes that read one word
     lane = tl.arange(0, STEP)
     word = tl.zeros([row.shape[0], STEP], tl.int32)
     for segment in tl.static_range(STEP // SEGMENT):
@@ -178,7 +178,7 @@ def _kept_queries(
 ):
     # Bits [OWN, STEP] of a tile whose lanes are rows, for the OWN columns from ``own_start`` in the block on.
     WORDS: tl.constexpr = (BLOCK + 31) // 32
-    SEGMENT: tl.constexpr = min(OWN, 32)  # columns in one word
+    SEGMENT: tl.constexpr = 16 if OWN == 16 else 32  # columns in one word
     lane = tl.arange(0, STEP)
     if STEP <= BLOCK:
         item = first + tile // (BLOCK // STEP) + lane * 0
