@@ -10,9 +10,8 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 
 TORCH := torch==2.13.0
 TRITON := triton==3.7.0
-# Without an NVIDIA GPU, PyTorch's own CPU wheel: the default one brings gigabytes of CUDA along. pip goes on without the
-# index where it can't be reached.
-TORCH_INDEX := $(shell command -v nvidia-smi >/dev/null || echo --extra-index-url https://download.pytorch.org/whl/cpu)
+# Without an NVIDIA GPU, PyTorch's own CPU wheel: the default one brings gigabytes of CUDA along.
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -55,11 +54,14 @@ $(VENV)/created:
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-# Short of retries, for an index that can't be reached would otherwise cost minutes. Torch's dependencies come later.
+# pip says much about an index that can't be reached, and goes on without it: so it is asked first.
 $(VENV)/torch: $(VENV)/created Makefile
 	$(say) "Installing $(TORCH)"
-	@$(PIP) install --no-deps --retries 1 --timeout 60 $(TORCH_INDEX) $(TORCH)
-	@$(PIP) install 'setuptools>=77' wheel 'pybind11>=2.13'
+	@index=(); \
+	if ! command -v nvidia-smi >/dev/null && \
+	    $(PY) -c 'import urllib.request as u; u.urlopen("$(TORCH_INDEX)/torch/", timeout=10)' 2>/dev/null; then \
+	    index=(--extra-index-url $(TORCH_INDEX)); fi; \
+	$(PIP) install "$${index[@]}" $(TORCH) 'setuptools>=77' wheel 'pybind11>=2.13'
 	@touch $@
 
 $(VENV)/compiled: $(VENV)/torch setup.py $(shell find csrc -type f)

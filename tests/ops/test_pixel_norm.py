@@ -9,7 +9,6 @@ import warnings
 
 import pytest
 import torch
-from accuracy import assert_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 import gdl_kernels
 from gdl_kernels import _native, nn, pixel_norm
 from gdl_kernels.ops.pixel_norm import op, reference
+from tests.accuracy import assert_accurate
 
 pytestmark = pytest.mark.usefixtures("nan_poison")
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from accuracy import assert_accurate
 from torch import Tensor
 
 from gdl_kernels import layouts, sparse_attention
 from gdl_kernels.layouts import Layout
 from gdl_kernels.ops.sparse_attention import op
+from tests.accuracy import assert_accurate
 
 pytest.importorskip("triton", reason="triton is not installed")
 
