@@ -143,6 +143,7 @@ struct Panels {
           std::int64_t positions[kMaxTile];
           for (int j = 0; j < tile; ++j) {
             positions[j] = key_at(call, head, first + j);
+            if (left_out(call, batch, positions[j])) positions[j] = -1;
             load_features<E>(key, batch, kv_head, positions[j], call.head_dim, rows.get() + j * head_dim, head_dim);
           }
           pack_right_transposed(rows.get(), head_dim, keys.get() + panel * key_size, tile, tile,

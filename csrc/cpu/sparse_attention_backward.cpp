@@ -111,7 +111,8 @@ void backward(const Attention& call, const Strided& grad_out, const void* grad_l
         const std::int64_t first = block * call.block_size + part * tile;
         // Orders that differ come with key heads of their own, so any head of the group has the keys' order.
         for (int j = 0; j < tile; ++j) {
-          const std::int64_t position = key_at(call, first_head, first + j);
+          std::int64_t position = key_at(call, first_head, first + j);
+          if (left_out(call, batch, position)) position = -1;
           load_features<E>(key, batch, kv_head, position, call.head_dim, s.keys.get() + j * head_dim, head_dim);
           load_features<E>(value, batch, kv_head, position, call.value_dim, s.values.get() + j * value_dim, value_dim);
         }

@@ -98,14 +98,18 @@ inline void transpose(const T* __restrict from, int ld_from, T* __restrict to, i
       for (int j = j0; j < (j0 + 16 < columns ? j0 + 16 : columns); ++j) to[j * ld_to + i] = from[i * ld_from + j];
 }
 
+// Whether the padding mask leaves a key out. Such keys are packed as zeros: what lies there, NaN too, goes nowhere.
+inline bool left_out(const Attention& call, std::int64_t batch, std::int64_t key) {
+  return call.key_padding_mask != nullptr && key >= 0 && call.key_padding_mask[batch * call.n_k + key];
+}
+
 // bias[j] = -inf for the tile's keys that the padding mask leaves out, else 0. Returns whether there is any.
 template <typename T>
 inline bool padding_bias(const Attention& call, std::int64_t batch, std::int64_t head, std::int64_t first_place,
                          int tile, T* bias) {
   bool any = false;
   for (int j = 0; j < tile; ++j) {
-    const std::int64_t key = key_at(call, head, first_place + j);
-    const bool out = key >= 0 && call.key_padding_mask[batch * call.n_k + key];
+    const bool out = left_out(call, batch, key_at(call, head, first_place + j));
     bias[j] = out ? -std::numeric_limits<T>::infinity() : T(0);
     any |= out;
   }

@@ -1,6 +1,18 @@
+"""sparse_attention by every backend.
+
+Tests with the argument ``kernel`` run for the C++ kernels, for the Triton kernels on a GPU, and, where TRITON_INTERPRET=1
+is set, for the Triton kernels in their interpreter. That is settled when they are imported, so the interpreter has a
+process of its own: this file again, as a test of the first process.
+"""
+
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +27,24 @@ from gdl_kernels.ops.sparse_attention import op
 from tests.accuracy import assert_accurate
 from tests.ops.sparse_attention_cases import CASES, Case, check, inputs, outputs_and_gradients, scattered
 
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+#: (backend, device)
+Kernel = tuple[str, str]
+KERNELS = (
+    [pytest.param(("triton", "cpu"), id="triton")]
+    if INTERPRETING
+    else [
+        pytest.param(("cpu", "cpu"), id="cpu"),
+        pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
+    ]
+)
+for_each_kernel = pytest.mark.parametrize("kernel", KERNELS)
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+#: The interpreter takes seconds a case: there float16, whose tiles bfloat16 shares, has every case, the others these.
+IN_EVERY_DTYPE = ("blocks of 16", "grouped key heads", "any order")
 
 
 @pytest.fixture(autouse=True)
@@ -23,11 +52,38 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@for_each_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.usefixtures("nan_poison")
-def test_cpu_is_as_accurate_as_plain_pytorch(case: Case, dtype: torch.dtype) -> None:
-    check(case, dtype, "cpu")
+def test_as_accurate_as_plain_pytorch(case: Case, dtype: torch.dtype, kernel: Kernel) -> None:
+    backend, device = kernel
+    if backend == "triton" and dtype == torch.float64:
+        tensors, kwargs = inputs(case, dtype, device)
+        with pytest.raises(RuntimeError, match="query is float64"):
+            sparse_attention(*tensors, backend=backend, **kwargs)
+        return
+    if INTERPRETING and dtype != torch.float16 and case.reason not in IN_EVERY_DTYPE:
+        pytest.skip("in the interpreter float16 stands for all, but for a few cases")
+    check(case, dtype, backend, device)
+
+
+@pytest.mark.skipif(INTERPRETING, reason="this is the interpreter's process")
+def test_triton_kernels_in_their_interpreter() -> None:
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    pytest_here = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    inner = subprocess.run(
+        [*pytest_here, "-k", "triton and not interpreter"],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    print(inner.stdout, inner.stderr)
+    assert inner.returncode == 0, "the cases failed under TRITON_INTERPRET=1; their output is above"
+    (passed,) = re.findall(r"(\d+) passed", inner.stdout)
+    assert int(passed) > 2 * len(CASES)  # all in float16, all refused in float64
 
 
 @given(
@@ -111,11 +167,59 @@ def test_agrees_with_flex_attention() -> None:
     torch.testing.assert_close(lse, theirs_lse)
 
 
-def test_two_runs_are_equal_to_the_bit() -> None:
-    tensors, kwargs = inputs(Case("any", lambda: scattered(300, 300, 64), heads=4, kv_heads=2), torch.float32)
-    first, second = (outputs_and_gradients(tensors, kwargs, "cpu", seed=1) for _ in range(2))
+@for_each_kernel
+def test_two_runs_are_equal_to_the_bit(kernel: Kernel) -> None:
+    backend, device = kernel
+    case = Case("any", lambda: scattered(90, 90, 16, heads=4), heads=4, kv_heads=2)
+    tensors, kwargs = inputs(case, torch.float32, device)
+    first, second = (outputs_and_gradients(tensors, kwargs, backend, seed=1) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+@for_each_kernel
+@pytest.mark.parametrize("shape", [(0, 2, 20), (1, 2, 0)], ids=["no batch", "no queries"])
+def test_empty(shape: tuple[int, int, int], kernel: Kernel) -> None:
+    backend, device = kernel
+    batch, heads, n_q = shape
+    query = torch.randn(batch, heads, n_q, 16, device=device, requires_grad=True)
+    key, value = (torch.randn(batch, heads, 20, 16, device=device, requires_grad=True) for _ in range(2))
+    out = sparse_attention(query, key, value, scattered(20, 20, 16).to(device), backend=backend)
+    assert out.shape == query.shape
+    for gradient, tensor in zip(torch.autograd.grad(out.sum(), (query, key, value)), (query, key, value)):
+        assert gradient.shape == tensor.shape
+        assert not gradient.any()
+
+
+@for_each_kernel
+def test_what_lies_in_padded_keys_goes_nowhere(kernel: Kernel) -> None:
+    backend, device = kernel
+    layout = scattered(70, 70, 32).to(device)
+    query, key, value = (torch.randn(1, 2, 70, 16, device=device, requires_grad=True) for _ in range(3))
+    padding = torch.zeros(1, 70, dtype=torch.bool, device=device)
+    padding[0, 40:] = True
+    clean = sparse_attention(query, key, value, layout, key_padding_mask=padding, backend=backend)
+    with torch.no_grad():
+        key[:, :, 40:], value[:, :, 40:] = torch.nan, torch.inf
+    out = sparse_attention(query, key, value, layout, key_padding_mask=padding, backend=backend)
+    assert torch.equal(out, clean)
+    gradients = torch.autograd.grad(out.sum(), (query, key, value))
+    assert all(g.isfinite().all() for g in gradients)
+    assert not any(g[:, :, 40:].any() for g in gradients[1:])
+
+
+@for_each_kernel
+@pytest.mark.usefixtures("nan_poison")
+def test_gradients_of_expanded_tensors(kernel: Kernel) -> None:
+    """Gradients have memory of their own where the inputs have not, and every element of it is written."""
+    backend, device = kernel
+    query = torch.randn(2, 40, 2, 16, device=device).transpose(1, 2)
+    key, value = (torch.randn(1, 2, 40, 16, device=device).expand(2, -1, -1, -1) for _ in range(2))
+    rest = (None, scattered(40, 40, 16).to(device).tensors(), [40, 40, 16], 0.25, 0, backend)
+    out, lse = op.forward(query, key, value, *rest)
+    grad_out = torch.ones(1, 1, 1, 16, device=device).expand_as(out)
+    gradients = op.backward(grad_out, None, query, key, value, out, lse, *rest)
+    assert all(g.isfinite().all() for g in gradients)
 
 
 def test_more_threads_than_key_heads() -> None:
@@ -138,13 +242,14 @@ def test_nan_reaches_the_rows_that_see_it_and_no_other() -> None:
     assert out[0, 0, ~sees].isfinite().all()
 
 
-def test_scores_far_apart() -> None:
+@for_each_kernel
+def test_scores_far_apart_and_a_negative_scale(kernel: Kernel) -> None:
     """Differences beyond what exp2 can hold give weights of 0 and 1, not NaN."""
-    query, key = torch.full((1, 1, 32, 16), 100.0), torch.randn(1, 1, 32, 16) * 100
-    value = torch.randn(1, 1, 32, 16)
-    layout = layouts.full(32, block_size=16)
-    ours, plain = (sparse_attention(query, key, value, layout, backend=b) for b in ("cpu", "reference"))
-    exact = sparse_attention(query.double(), key.double(), value.double(), layout, backend="reference")
+    backend, device = kernel
+    query, key, value = (torch.randn(1, 1, 40, 16, device=device) * 30 for _ in range(3))
+    layout = scattered(40, 40, 16).to(device)
+    ours, plain = (sparse_attention(query, key, value, layout, scale=-0.7, backend=b) for b in (backend, "reference"))
+    exact = sparse_attention(*(t.double() for t in (query, key, value)), layout, scale=-0.7, backend="reference")
     assert_accurate(ours, plain, exact)
 
 
