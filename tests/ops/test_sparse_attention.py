@@ -1,6 +1,6 @@
 """sparse_attention by every backend.
 
-Tests with the argument ``kernel`` run for the C++ kernels, for the Triton kernels on a GPU, and, where TRITON_INTERPRET=1
+Tests with the argument ``kernel`` run for the C++ kernels, the Triton kernels on a GPU and, where TRITON_INTERPRET=1
 is set, for the Triton kernels in their interpreter. That is settled when they are imported, so the interpreter has a
 process of its own: this file again, as a test of the first process.
 """
