@@ -33,7 +33,7 @@ def steps(results: Path) -> dict[str, list[str]]:
     commands = {
         "build": [PYTHON, "setup.py", "--quiet", "build_ext", "--inplace"],
         "info": [PYTHON, "-m", "gdl_kernels", "info"],
-        "tests": [PYTHON, "-m", "pytest", "-q", "-m", "gpu"],
+        "tests": [PYTHON, "-m", "pytest", "-q", "-m", "gpu", "tests/ops"],  # others import what a GPU machine may lack
         "verify": verify,
     }
     for tool in ("memcheck", "racecheck"):
