@@ -99,7 +99,7 @@ def find_torch() -> Path | None:
 def find_cxx() -> list[str]:
     """The C++ compiler's command: CXX, or the first one on PATH."""
     named = shlex.split(os.environ.get("CXX", ""))
-    candidates = [named] if named else [["g++"], ["c++"], ["clang++"]]
+    candidates = [named] if named else [["g++"], ["c++"]]
     for command in candidates:
         if shutil.which(command[0]):
             return command
@@ -188,7 +188,7 @@ def cuda_steps(home: Path, cxx: list[str], includes: list[str]) -> list[Step]:
 
 def compile_step(module: str, compiler: list[str], source: Path) -> Step:
     output = OBJECTS / module / f"{source.relative_to('csrc')}.o".replace("/", "-")
-    command = [*compiler, "-MMD", "-MF", f"{output}.d", "-c", str(source), "-o", str(output)]
+    command = [*compiler, "-MD", "-MF", f"{output}.d", "-c", str(source), "-o", str(output)]
     return Step(module, output, command, [source])
 
 

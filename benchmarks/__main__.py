@@ -57,6 +57,8 @@ def main(
     """
     chosen, on = _chosen_ops(op or []), _chosen_device(device)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a log: not the 80 columns of an unknown terminal
     console.print(", ".join(f"{name} {value}" for name, value in machine(on).items() if value is not None))
     results: list[Result] = []
     bars: list[Bar] = []

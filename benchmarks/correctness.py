@@ -34,7 +34,8 @@ def error_share(outputs: Outputs, plain: Outputs, truth: Outputs) -> float:
         sizes = right.abs().max().item(), right.square().mean().sqrt().item()
         ulp = torch.finfo(ours.dtype).eps  # for inputs on which plain PyTorch happens to be exact
         for error, plain_error, size in zip(_errors(ours, right), _errors(theirs, right), sizes):
-            share = error / (2 * plain_error + ulp * size) if error else 0.0
+            allowed = 2 * plain_error + ulp * size
+            share = error / allowed if allowed else math.inf if error else 0.0
             shares.append(math.inf if math.isnan(share) else share)
     return max(shares)
 

@@ -1,3 +1,6 @@
+#include <array>
+#include <tuple>
+
 #include "bindings.h"
 #include "cpu/sparse_attention.h"
 

@@ -20,7 +20,8 @@ PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 #: ``reasons(*args, **kwargs)`` of an op's public call: why the backend can't serve it; empty if it can.
 Reasons = Callable[..., list[str]]
 
-_requested: str | None = None
+#: Open regions, the innermost last.
+_regions: list[tuple[str]] = []
 _warned: set[tuple[str, str]] = set()
 
 
@@ -46,12 +47,13 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: if there is no such backend.
     """
-    global _requested
-    previous, _requested = _requested, _checked(name, "backend")
+    region = (_checked(name, "backend"),)
+    _regions.append(region)
     try:
         yield
     finally:
-        _requested = previous
+        # By identity, not the last: threads may leave their regions in another order than they came.
+        del _regions[next(i for i, open_region in enumerate(_regions) if open_region is region)]
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Choices:
         Raises:
             RuntimeError: if a backend was asked for by name and can't serve it; the message has every reason.
         """
-        name = requested if requested is not None else _requested if _requested is not None else _environment
+        name = requested if requested is not None else _regions[-1][0] if _regions else _environment
         _checked(name, "backend")
         if name == "reference":
             return name
@@ -116,13 +118,14 @@ class Choices:
         return self.reasons[name](*args, **kwargs)
 
 
+# torch.compile runs it as it traces, so a compiled call says it too.
+@torch.compiler.assume_constant_result
 def warn_once(op: str, why: str) -> None:
     """Say that a call takes a slower way than its user may expect: the first time, and no second time."""
-    if torch.compiler.is_compiling() or (op, why) in _warned:
-        return
-    _warned.add((op, why))
-    # Level 4 is the caller of the public function that picked a backend.
-    warnings.warn(f"gdl_kernels: {op} {why}. This is said once.", stacklevel=4)
+    if (op, why) not in _warned:
+        _warned.add((op, why))
+        # Level 4 is the caller of the public function that picked a backend.
+        warnings.warn(f"gdl_kernels: {op} {why}. This is said once.", stacklevel=4)
 
 
 @dataclass(frozen=True)

@@ -58,10 +58,12 @@ def load(name: str) -> Loaded:
 
 def cpu_variant() -> str:
     """The name of the CPU module that this machine runs."""
-    variant = VARIANTS.get(torch.backends.cpu.get_cpu_capability(), "_cpu_default")
-    if variant == "_cpu_avx512" and torch.cpu._is_avx512_bf16_supported() and is_built(BF16_VARIANT):
-        return BF16_VARIANT
-    return variant
+    best = VARIANTS.get(torch.backends.cpu.get_cpu_capability(), "_cpu_default")
+    ladder = [BF16_VARIANT, *VARIANTS.values()]
+    if best != "_cpu_avx512" or not torch.cpu._is_avx512_bf16_supported():
+        ladder = ladder[ladder.index(best) :]
+    # Where the best could not be compiled the next best serves; where none was, the best is what is missing.
+    return next(filter(is_built, ladder), ladder[0])
 
 
 @functools.cache

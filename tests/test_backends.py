@@ -150,3 +150,13 @@ def test_every_op_is_public_and_has_examples() -> None:
         for example in examples:
             tensors = [a for a in (*example.args, *example.kwargs.values()) if isinstance(a, torch.Tensor)]
             assert any(tensor.requires_grad for tensor in tensors)
+
+
+def test_regions_of_threads_may_end_in_any_order() -> None:
+    outer, inner = gdl.backend("reference"), gdl.backend("cpu")
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    assert _backends._regions == [("cpu",)]
+    inner.__exit__(None, None, None)
+    assert _backends._regions == []

@@ -62,7 +62,7 @@ void write(T* out, accumulator_t<T>* buffer, int64_t n, Value value) {
   }
 }
 
-// sums[i] += the sum over c of term(c)[i]. In groups of sqrt(C), so that rounding errors grow with the root of C, not
+// sums[i] = the sum over c of term(c)[i]. In groups of sqrt(C), so that rounding errors grow with the root of C, not
 // C.
 template <typename A, typename Term>
 void sum_over_channels(int64_t channels, int64_t n, A* __restrict sums, A* __restrict group, Term add_term) {

@@ -6,7 +6,6 @@
 #include "sparse_attention.h"
 
 #include <algorithm>
-#include <numeric>
 #include <vector>
 
 #include "sparse_attention_tiles.h"
@@ -71,11 +70,7 @@ std::vector<RowTile> row_tiles(const Attention& call, const Geometry& geometry) 
   std::vector<RowTile> tiles;
   const std::int64_t heads = std::max(call.layout_heads, call.order_heads);
   for (std::int64_t head = 0; head < heads; ++head) {
-    std::int64_t first = 0, last = geometry.q_blocks;
-    if (call.order == nullptr) {
-      first = call.query_start / call.block_size;
-      last = call.n_q == 0 ? first : (call.query_start + call.n_q - 1) / call.block_size + 1;
-    }
+    const auto [first, last] = query_blocks(call, geometry);
     const auto begin = tiles.size();
     for (std::int64_t block = first; block < last; ++block)
       for (int t = 0; t < geometry.tiles_per_block; ++t) {

@@ -2,7 +2,8 @@
 //
 // One task is a range of block columns of one key head. It walks the columns' lists, so dK and dV of a column are
 // summed in one place, and adds to its own copy of dQ, which are added up at the end: five products a tile, no atomics,
-// the same bits every run. With S = scale * Q K^T, P = exp(S - lse), dP = dO V^T and delta = rowsum(dO * O) - dlse:
+// the same bits every run with one number of threads. With S = scale * Q K^T, P = exp(S - lse), dP = dO V^T and delta =
+// rowsum(dO * O) - dlse:
 //   dV = P^T dO,  dS = P * (dP - delta),  dK = scale * dS^T Q,  dQ = scale * dS K.
 #include <algorithm>
 #include <vector>
@@ -21,7 +22,9 @@ struct PackedRows {
 
   PackedRows(const Attention& call, const Geometry& geometry, const Strided& grad_out, const void* grad_lse_data,
              const Strided& query, const Strided& out, const void* lse_data)
-      : places(geometry.q_blocks * call.block_size),
+      : blocks(query_blocks(call, geometry)),
+        first_place(blocks.first * call.block_size),
+        places((blocks.last - blocks.first) * call.block_size),
         head_dim(padded<T>(call.head_dim)),
         value_dim(padded<T>(call.value_dim)),
         queries(make_buffer<T>(call.batch * call.heads * places * head_dim)),
@@ -39,7 +42,7 @@ struct PackedRows {
           const std::int64_t head = task / tiles % call.heads, batch = task / tiles / call.heads;
           bool any = false;
           for (int i = 0; i < geometry.tile; ++i) {
-            const std::int64_t place = task % tiles * geometry.tile + i, row = task * geometry.tile + i;
+            const std::int64_t place = first_place + task % tiles * geometry.tile + i, row = task * geometry.tile + i;
             const std::int64_t q = query_at(call, head, place);
             T* packed = queries.get() + row * head_dim;
             T* grad = grads.get() + row * value_dim;
@@ -59,7 +62,8 @@ struct PackedRows {
         });
   }
 
-  std::int64_t places;
+  BlockRange blocks;
+  std::int64_t first_place, places;
   int head_dim, value_dim;
   Buffer<T> queries, grads, lse, delta;
   std::vector<char> used;  // by tile: whether a query in it keeps anything
@@ -127,7 +131,9 @@ void backward(const Attention& call, const Strided& grad_out, const void* grad_l
           const std::int64_t line = (call.layout_heads == 1 ? 0 : head) * geometry.k_blocks + block;
           for (std::int32_t entry = call.columns.starts[line]; entry < call.columns.starts[line + 1]; ++entry)
             for (int t = 0; t < geometry.tiles_per_block; ++t) {
-              const std::int64_t place = call.columns.blocks[entry] * call.block_size + t * tile;
+              const std::int64_t row_block = call.columns.blocks[entry];
+              if (row_block < rows.blocks.first || row_block >= rows.blocks.last) continue;
+              const std::int64_t place = (row_block - rows.blocks.first) * call.block_size + t * tile;
               const std::int64_t row = (batch * call.heads + head) * rows.places + place;
               if (!rows.used[row / tile]) continue;
               const T* queries = rows.queries.get() + row * head_dim;
@@ -177,7 +183,7 @@ void backward(const Attention& call, const Strided& grad_out, const void* grad_l
       [&](std::int64_t task, Buffer<T>& sum) {
         const std::int64_t head = task / tiles % call.heads, batch = task / tiles / call.heads;
         for (int i = 0; i < tile; ++i) {
-          const std::int64_t q = query_at(call, head, task % tiles * tile + i);
+          const std::int64_t q = query_at(call, head, rows.first_place + task % tiles * tile + i);
           if (q < 0) continue;
           for (int v = 0; v < head_dim; v += kWidth<T>) {
             const T* from = grad_queries.get() + (task * tile + i) * head_dim + v;

@@ -1,6 +1,6 @@
 // What the forward and the backward pass of block-sparse attention share: places, tiles, packing, masks.
 //
-// Blocks are cut into tiles of at most 64 rows and 64 keys. Keys and values are packed once per call, widened to the
+// Blocks are cut into tiles of at most 64 rows and 64 keys. Tensors are packed per call, widened to the
 // type that sums are kept in, so that the products read contiguous panels whatever the strides, dtype and order of the
 // tensors.
 #pragma once
@@ -41,6 +41,17 @@ struct Geometry {
   int tile, tiles_per_block, words;
   std::int64_t q_blocks, k_blocks, group;
 };
+
+// Block rows that can hold a query of the call: with an order, any.
+struct BlockRange {
+  std::int64_t first, last;  // last is one past the end
+};
+
+inline BlockRange query_blocks(const Attention& call, const Geometry& geometry) {
+  if (call.n_q == 0) return {0, 0};
+  if (call.order != nullptr) return {0, geometry.q_blocks};
+  return {call.query_start / call.block_size, (call.query_start + call.n_q - 1) / call.block_size + 1};
+}
 
 // The position that a place holds, or -1: places past the layout's end hold none.
 inline std::int64_t position_of(const Attention& call, std::int64_t head, std::int64_t place, std::int64_t n) {

@@ -110,8 +110,8 @@ inline T reduce_sum(Vec<T> v) {
   return v[0];
 }
 
-// 2^f on [-1/2, 1/2], lowest power first: Chebyshev interpolation, relative error 2e-9 (float, before rounding) and
-// 1e-17.
+// 2^f on [-1/2, 1/2], lowest power first: Chebyshev interpolation, relative error 3e-9 (float, before rounding) and
+// 2e-17.
 template <typename T>
 struct Exp2Polynomial;
 template <>

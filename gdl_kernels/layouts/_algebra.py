@@ -72,6 +72,8 @@ def per_head(layouts: Sequence[Layout]) -> Layout:
     Raises:
         ValueError: if there are none, or they differ in ``n_q``, ``n_k``, ``block_size`` or device.
     """
+    if isinstance(layouts, Layout):
+        raise TypeError("layouts must be a sequence of layouts, got one Layout")
     layouts = list(layouts)
     if not layouts:
         raise ValueError("layouts must hold at least one layout, got none")

@@ -167,8 +167,8 @@ class Layout:
 
     def to_mask(self) -> Tensor:
         """The layout as bool ``(heads, n_q, n_k)``, or ``(n_q, n_k)`` where all heads share one. Dense memory."""
-        mask = self.dense_mask()
-        return mask[0].clone() if self.heads == 1 else mask.clone()
+        mask = self._expand()
+        return mask[0] if self.heads == 1 else mask
 
     def dense_mask(self) -> Tensor:
         """``to_mask``, always ``(heads, n_q, n_k)``, and kept for the next call: what the reference backend reads."""

@@ -156,6 +156,7 @@ def fixed(
         raise ValueError(f"part must be 'merged', 'local' or 'summary', got {part!r}")
     sets = min(heads, stride // summary) if distinct and part != "local" else 1
     grid = _square(n, block_size, heads if sets > 1 else 1)
+    grid.check_count(grid.heads * grid.q_blocks)  # each row of each head keeps a block
     with_local, with_summary = part != "summary", part != "local"
 
     def keep(head: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -254,7 +255,7 @@ def from_mask(mask: Tensor, *, block_size: int = 64) -> Layout:
     Args:
         mask: bool, ``(n_q, n_k)`` for all heads or ``(heads, n_q, n_k)``; the layout is on its device.
     """
-    mask = _three_dimensional("mask", mask)
+    mask = _three_dimensional("mask", mask, "queries, keys")
     heads, n_q, n_k = mask.shape
     grid = Grid(n_q, n_k, _block_size(block_size), heads, mask.device)
     costs = torch.full((heads * grid.q_blocks,), grid.k_blocks * block_size**2)
@@ -280,7 +281,7 @@ def from_blocks(blocks: Tensor, *, block_size: int = 64, causal: bool = False) -
             ``q_blocks * block_size`` queries and is on its device.
         causal: of the given blocks keep only keys ``j <= i``.
     """
-    blocks = _three_dimensional("blocks", blocks)
+    blocks = _three_dimensional("blocks", blocks, "q_blocks, k_blocks")
     heads, q_blocks, k_blocks = blocks.shape
     grid = Grid(q_blocks * _block_size(block_size), k_blocks * block_size, block_size, heads, blocks.device)
     counts = blocks.sum(2).flatten()
@@ -309,7 +310,7 @@ def _square(n: int, block_size: int, heads: int = 1) -> Grid:
 
 
 def _block_size(block_size: int) -> int:
-    if block_size not in BLOCK_SIZES:
+    if type(block_size) is not int or block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size!r}")
     return block_size
 
@@ -324,13 +325,13 @@ def _integer(name: str, value: int, low: int, high: int | None = None) -> int:
     return value
 
 
-def _three_dimensional(name: str, mask: Tensor) -> Tensor:
+def _three_dimensional(name: str, mask: Tensor, sizes: str) -> Tensor:
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be bool, True for what is kept, got {mask.dtype}")
     if mask.dim() not in (2, 3) or 0 in mask.shape:
         raise ValueError(
-            f"{name} must be (queries, keys) or (heads, queries, keys), none of them 0, got shape {tuple(mask.shape)}"
+            f"{name} must be ({sizes}) or (heads, {sizes}), none of them 0, got shape {tuple(mask.shape)}"
         )
     return mask if mask.dim() == 3 else mask[None]

@@ -46,8 +46,12 @@ def plot(layout: Layout, path: str | Path | None) -> Figure:
         from matplotlib.patches import Patch
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
-        raise ImportError("Layout.plot needs matplotlib: pip install 'gdl_kernels[plot]'") from error
+        raise ImportError("Layout.plot needs matplotlib: pip install matplotlib") from error
 
+    if path is not None:
+        path = Path(path)
+        if path.is_dir() or not path.parent.is_dir():
+            raise ValueError(f"path must be a file in a folder that exists, got {str(path)!r}")
     share, blocks = cells(layout)
     across = min(layout.heads, _HEADS_IN_A_ROW)
     down = -(-layout.heads // across)
@@ -65,11 +69,12 @@ def plot(layout: Layout, path: str | Path | None) -> Figure:
         colour = torch.where(part == 1, torch.tensor(_FULL, dtype=torch.float64), colour)
         side = blocks * layout.block_size
         extent = (0, colour.shape[1] * side, colour.shape[0] * side, 0)
-        axis.imshow(colour.numpy(), extent=extent, interpolation="nearest")
+        flat = max(layout.n_q, layout.n_k) > 8 * min(layout.n_q, layout.n_k)  # too flat to read at its true shape
+        axis.imshow(colour.numpy(), extent=extent, interpolation="nearest", aspect="auto" if flat else "equal")
         axis.set_xlim(0, layout.n_k)
         axis.set_ylim(layout.n_q, 0)
-        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 4, 8, 10], integer=True))
+        axis.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 4, 8, 10], integer=True))
         axis.set_xlabel(f"key{place}")
         axis.set_ylabel(f"query{place}")
         if layout.heads > 1:
@@ -92,7 +97,7 @@ def plot(layout: Layout, path: str | Path | None) -> Figure:
         frameon=False,
     )
     if path is not None:
-        _save(figure, Path(path))
+        _save(figure, path)
     return figure
 
 

@@ -98,6 +98,12 @@ def test_a_wrong_contestant_has_no_time(output: Callable[[Tensor], Any], why: st
     assert result.speed_up(row) is None
 
 
+def test_wrong_where_plain_is_exact_and_everything_is_zero() -> None:
+    zeros = torch.zeros(4)
+    assert error_share(zeros, zeros, zeros.double()) == 0
+    assert error_share(zeros + 1, zeros, zeros.double()) == float("inf")
+
+
 def test_a_region_of_small_values_that_is_wrong_is_seen() -> None:
     truth = torch.cat([torch.randn(64).double() * 4, torch.randn(4032).double() * 0.02])
     plain = truth.bfloat16()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pybind11
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +44,8 @@ def test_bf16_dot_products_are_as_accurate_as_plain_pytorch(tmp_path: Path) -> N
     sources = ["bindings_module.cpp", "bindings_cpu_sparse_attention.cpp", *(f"cpu/{p.name}" for p in attention())]
     objects = [tmp_path / f"{name.replace('/', '-')}.o" for name in sources]
     flags = ["-O1", "-std=c++17", "-fPIC", "-fopenmp", "-Wno-psabi", "-DGDL_EMULATE_BF16_DOT"]
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":  # the registers of the CPUs that have the instruction
+        flags += ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
     flags += ["-DGDL_MODULE=_cpu_emulated", "-Icsrc"]
     include = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
     compilers = [

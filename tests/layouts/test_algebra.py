@@ -131,6 +131,8 @@ def test_what_does_not_fit() -> None:
         _ = a | torch.ones(256, 256, dtype=torch.bool)
     with pytest.raises(ValueError, match="at least one layout, got none"):
         layouts.per_head([])
+    with pytest.raises(TypeError, match="layouts must be a sequence of layouts, got one Layout"):
+        layouts.per_head(layouts.causal(64))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"layouts\[1\] must be a Layout, got Tensor"):
         layouts.per_head([a, torch.ones(2, 2)])
     with pytest.raises(ValueError, match=r"layouts\[0\] and layouts\[2\] must have the same block_size, got 64 and 16"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import subprocess
 import sys
 import warnings
@@ -141,6 +142,59 @@ def test_a_second_derivative_says_what_it_costs(monkeypatch: pytest.MonkeyPatch)
     (grad,) = torch.autograd.grad(out.square().sum(), tensors[:1], create_graph=True)
     with pytest.warns(UserWarning, match=r"second derivatives from the reference, in O\(Nq \* Nk\) memory"):
         grad.square().sum().backward()
+
+
+def test_third_derivatives_are_the_references() -> None:
+    layout = layouts.causal(20, block_size=16)
+    tensors = [torch.randn(1, 2, 20, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    third = []
+    for backend in ("cpu", "reference"):
+        out = sparse_attention(*tensors, layout, backend=backend)
+        (first,) = torch.autograd.grad(out.pow(3).sum(), tensors[:1], create_graph=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            (second,) = torch.autograd.grad(first.pow(2).sum(), tensors[1:2], create_graph=True)
+            third.append(torch.autograd.grad(second.pow(2).sum(), tensors))
+    for ours, theirs in zip(*third):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_lse_of_other_strides() -> None:
+    """Saved tensors may come back with other strides, as from a hook that moves them away and back."""
+    tensors, kwargs = inputs(Case("any", lambda: scattered(60, 60, 32)), torch.float32)
+    layout = kwargs["layout"]
+    rest = (None, layout.tensors(), [60, 60, 32], 0.25, 0, "cpu")
+    out, lse = op.forward(*tensors, *rest)
+    strided = torch.stack([lse, lse], -1)[..., 0]
+    for ours, theirs in zip(*(op.backward(out, None, *tensors, out, saved, *rest) for saved in (strided, lse))):
+        assert torch.equal(ours, theirs)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Heads more than 2^31 elements apart."""
+    base = torch.empty(2**31 + 200_000, dtype=torch.float16)
+    far = base.as_strided((1, 2, 64, 16), (0, 2**31 + 64, 16, 1))
+    near = torch.randn(1, 2, 64, 16).half()
+    far.copy_(near)
+    layout = layouts.causal(64, block_size=32)
+    assert torch.equal(*(sparse_attention(t, t, t, layout, backend="cpu") for t in (far, near)))
+
+
+def test_the_gradient_of_one_query_costs_one_row() -> None:
+    """Of a layout of 2^18 rows, whose packed queries and gradients would take gigabytes."""
+    n, heads = 1 << 18, 8
+    query = torch.randn(1, heads, 1, 64, requires_grad=True)
+    key, value = (torch.randn(1, 1, n, 64) for _ in range(2))
+    layout = layouts.local(n, 100)
+    out = sparse_attention(query, key, value, layout, query_start=n - 1, backend="cpu")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (gradient,) = torch.autograd.grad(out.sum(), query)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert grown < 5 * key.nbytes, f"{grown / 2**20:.0f} MiB"  # gradients of all keys and values are twice that
+    few = [t[:, :, -100:].double() for t in (key, value)]
+    exact = query.detach().double().requires_grad_()
+    expected = sparse_attention(exact, *few, layouts.full(1, 100), backend="reference")
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), exact)[0].float(), rtol=1e-4, atol=1e-5)
 
 
 def test_agrees_with_torchs_own_attention() -> None:
@@ -298,9 +352,13 @@ def test_autocast_runs_in_its_dtype() -> None:
     query, key, value = (torch.randn(1, 2, 40, 16) for _ in range(3))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = sparse_attention(query, key, value, layout)
+        double = sparse_attention(query.double(), key.double(), value.double(), layout)
+        with pytest.raises(TypeError, match=r"query must be float32.*int64"):
+            sparse_attention(query.long(), key.long(), value.long(), layout)
     low = [t.bfloat16() for t in (query, key, value)]
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, sparse_attention(*low, layout))
+    assert double.dtype == torch.float64  # as PyTorch's own attention has it
 
 
 def test_under_the_reference_backend_no_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,6 +418,10 @@ def test_the_good_call_is_good() -> None:
         ({"layout": scattered(64, 64, 32, heads=3)}, ValueError, "1 head or as many as query, 4, got 3"),
         ({"query_start": 1}, ValueError, "query_start=1 with 64 queries"),
         ({"query_start": -1}, ValueError, "query_start=-1"),
+        ({"query_start": 0.0}, TypeError, "query_start must be an integer, got float"),
+        ({"scale": torch.ones(())}, TypeError, "scale must be a number, got Tensor"),
+        ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+        ({"key_padding_mask": [1]}, TypeError, "key_padding_mask must be a tensor, got list"),
         ({"key_padding_mask": torch.zeros(2, 64)}, TypeError, "key_padding_mask must be bool"),
         ({"key_padding_mask": torch.zeros(2, 63, dtype=torch.bool)}, ValueError, r"must be \(2, 64\), got \(2, 63\)"),
         ({"backend": "gpu"}, ValueError, "backend must be one of 'auto'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, overload
 
 import torch
@@ -56,8 +57,8 @@ def sparse_attention(
     Returns:
         ``(B, H, Nq, Dv)`` in the dtype of ``query``, and with ``return_lse`` also ``(B, H, Nq)`` in the dtype that sums
         are kept in: float32, for float64 float64. A row that keeps nothing gives 0, zero gradients and ``lse = -inf``.
-        Differentiable twice in ``query``, ``key`` and ``value``, through ``lse`` too; the second derivative of the
-        compiled backends is the reference's, in O(Nq * Nk) memory.
+        Differentiable without limit in ``query``, ``key`` and ``value``, through ``lse`` too. Beyond the first
+        derivative the compiled backends use the reference, in O(Nq * Nk) memory.
 
     Raises:
         ValueError: if shapes, head counts, lengths or devices do not fit each other or the layout.
@@ -69,11 +70,14 @@ def sparse_attention(
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     device = query.device
     if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        query, key, value = (_autocast(tensor) for tensor in (query, key, value))
     _check(query, key, value, layout, key_padding_mask, query_start)
     if scale is None:
         scale = query.shape[-1] ** -0.5
+    elif not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+    elif not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be finite, got {scale}")
     chosen = op.choices.pick(
         device, backend, query, key, value, layout,
         scale=scale, key_padding_mask=key_padding_mask, query_start=query_start, return_lse=return_lse,
@@ -87,6 +91,13 @@ def sparse_attention(
             [layout.n_q, layout.n_k, layout.block_size], scale, query_start, chosen,
         )  # fmt: skip
     return (out, lse) if return_lse else out  # type: ignore[return-value]
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """As PyTorch's own attention has it: what is floating, and not double."""
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def _check(
@@ -103,6 +114,10 @@ def _check(
             raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
     if not isinstance(layout, Layout):
         raise TypeError(f"layout must be a gdl_kernels.layouts.Layout, got {type(layout).__name__}")
+    if not isinstance(query_start, (int, torch.SymInt)):
+        raise TypeError(f"query_start must be an integer, got {type(query_start).__name__}")
+    if key_padding_mask is not None and not isinstance(key_padding_mask, Tensor):
+        raise TypeError(f"key_padding_mask must be a tensor, got {type(key_padding_mask).__name__}")
     batch, heads, n_q, head_dim = query.shape
     kv_heads, n_k = key.shape[1:3]
     if key.shape[0] != batch or value.shape[0] != batch:

@@ -61,10 +61,12 @@ def backward(
             torch.sum(grad.unflatten(1, (-1, group)), 2, out=total)
         return
     padding = None if key_padding_mask is None else key_padding_mask.contiguous()
+    # Bound to names: an address outlives a temporary.
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    lse = lse.contiguous()
     _native.cpu_module().sparse_attention_backward(
         *_call(query, key, value, padding, layout, sizes, scale, query_start),
         _tensor(grad_out), 0 if grad_lse is None else grad_lse.data_ptr(),
-        _tensor(query), _tensor(key), _tensor(value), _tensor(out), lse.contiguous().data_ptr(),
+        _tensor(query), _tensor(key), _tensor(value), _tensor(out), lse.data_ptr(),
         *map(_tensor, outputs),
     )  # fmt: skip

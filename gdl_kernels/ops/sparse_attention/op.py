@@ -106,21 +106,31 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _gradient_of_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    """Differentiate the reference twice. It recomputes ``out`` and ``lse``, so they get no gradient of their own."""
+    """Differentiate the reference twice. It recomputes ``out`` and ``lse``, so they get no gradient of their own.
+
+    Where a graph is asked for, the reference's own graph goes on, to any order.
+    """
     _backends.warn_once("sparse_attention", "takes second derivatives from the reference, in O(Nq * Nk) memory")
     grad_out, grad_lse, query, key, value, key_padding_mask, *tensors = ctx.saved_tensors
     sizes, scale, query_start = ctx.rest
     mask = layout_of(tensors, sizes).dense_mask()[:, query_start : query_start + query.shape[2], : key.shape[2]]
+    higher = torch.is_grad_enabled()
+
+    def own(tensor: Tensor) -> Tensor:
+        """The tensor as an object of its own, with a partial derivative of its own, still in the caller's graph."""
+        return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+
     with torch.enable_grad():
-        q, k, v = inputs = [t.detach().requires_grad_() for t in (query, key, value)]
+        q, k, v = inputs = [own(t) for t in (query, key, value)]
         out, lse = reference.sparse_attention(q, k, v, mask, scale, key_padding_mask, grad_lse is not None)
-        outputs, cotangents = [out], [grad_out.detach().requires_grad_()]
+        outputs, cotangents = [out], [own(grad_out)]
         if lse is not None and grad_lse is not None:
             outputs.append(lse)
-            cotangents.append(grad_lse.detach().requires_grad_())
+            cotangents.append(own(grad_lse))
         first = torch.autograd.grad(outputs, inputs, cotangents, create_graph=True)
         wanted = [*cotangents, *inputs]
-        second: list[Tensor | None] = list(torch.autograd.grad(first, wanted, grads, allow_unused=True))
+        partials = torch.autograd.grad(first, wanted, grads, allow_unused=True, create_graph=higher)
+        second: list[Tensor | None] = list(partials)
     if grad_lse is None:
         second.insert(1, None)
     return *second, None, None, None, [None] * len(tensors), None, None, None, None
