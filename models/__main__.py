@@ -40,10 +40,12 @@ def main() -> None:
         application()()
     except (ValueError, SideFailed) as error:
         sys.exit(_failed(str(error)))
+    except OSError as error:
+        sys.exit(_failed(": ".join(str(part) for part in (error.filename, error.strerror or error) if part)))
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("gdl_kernels", "models"):
             raise
-        sys.exit(_failed(f"{error.name} is not installed; the models need: pip install 'gdl_kernels[models]'"))
+        sys.exit(_failed(f"{error.name} is not installed; the models need: pip install -e '.[models]'"))
 
 
 def _failed(message: str) -> int:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typer import Option
 
-from ..atomic import replacing
+from ..atomic import replacing, writable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -60,6 +60,8 @@ def compare(
         vocabulary=len(CHORALES), context=context, layers=layers, heads=heads, width=width,
         attention=cast(Attention, attention), stride=stride, summary=summary, recompute=recompute,
     )  # fmt: skip
+    if json_path is not None:
+        writable(json_path)
     tokens = chorale_tokens(context + 1)
     with console.status("starting") as status:
         comparison = run(
@@ -122,6 +124,8 @@ def train(
         for name in ctx.params:
             if name not in RESUMABLE and _typed(ctx, name):
                 raise ValueError(f"--{name.replace('_', '-')} can't be given with --resume: {path} decides it")
+        if path.exists():
+            writable(path)
         run = Training.resumed(path, chorales)
         if steps <= run.step:
             raise ValueError(f"steps must be more than the {run.step} that {path} has done, got {steps}")
@@ -137,6 +141,7 @@ def train(
             pieces=pieces, length=config.context if length is None else length, batch=batch, rate=rate, warmup=warmup,
             held_out=held_out, evaluate=evaluate, transpose=transpose, seed=seed,
         )  # fmt: skip
+        writable(path)
         run = Training(config, recipe, CHORALES, chorales(pieces))
     parameters = sum(p.numel() for p in run.model.parameters())
     excerpts = f"{run.recipe.batch} excerpts of {run.recipe.length} tokens a step"
@@ -189,6 +194,8 @@ def sample(
     from .training import load_model
 
     console = Console()
+    if not out.name:
+        raise ValueError(f"{out}: can't be written (it is a folder)")
     if (checkpoint is None) is not untrained:
         raise ValueError("one of --checkpoint PATH and --untrained must be given")
     if length < 1:
@@ -205,6 +212,9 @@ def sample(
         console.print("[yellow]These weights are random: what comes out is noise, not music.[/]")
     if length >= model.config.context:
         raise ValueError(f"length must be less than the context, {model.config.context}, got {length}")
+    midi, picture = out.with_name(f"{out.name}.mid"), out.with_name(f"{out.name}.png")
+    writable(midi)
+    writable(picture)
     drawn = draw(
         model, [vocabulary.start], temperature=temperature, top_k=top_k, generator=torch.Generator().manual_seed(seed)
     )
@@ -217,9 +227,9 @@ def sample(
     notes = vocabulary.decode(tokens)
     if not notes:
         raise ValueError(f"there is not one note in the {len(tokens)} tokens drawn; try another --seed or --length")
-    midi, picture = out.with_name(f"{out.name}.mid"), out.with_name(f"{out.name}.png")
-    write_midi(notes, midi, beats_per_minute=tempo)
-    draw_piano_roll(notes, picture, title=title)
+    with replacing(midi) as music, replacing(picture) as drawing:  # neither is there until both are whole
+        draw_piano_roll(notes, drawing, title=title)
+        write_midi(notes, music, beats_per_minute=tempo)
     beats = max(note.end for note in notes) / TICKS_PER_BEAT
     ended = "ended by itself" if tokens[-1] == vocabulary.end else "cut at --length"
     console.print(f"{len(notes)} notes, {beats:.0f} beats, {len(tokens)} tokens, {ended}")

@@ -85,6 +85,21 @@ def test_the_command_writes_music_and_its_picture(tmp_path: Path) -> None:
         assert min(picture.size) > 300
 
 
+def test_music_without_its_picture_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "piece.mid").write_text("old")
+    arguments = ["sample", "musenet", "--untrained", "--out", str(tmp_path / "piece"), "--length", "80"]
+    for part in ("pianoroll.draw_piano_roll", "midi.write_midi"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"models.musenet.{part}", failing)
+            result = CliRunner().invoke(application(), arguments)
+        assert isinstance(result.exception, OSError)
+        assert [path.name for path in tmp_path.iterdir()] == ["piece.mid"]
+        assert (tmp_path / "piece.mid").read_text() == "old"
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
