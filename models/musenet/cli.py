@@ -182,11 +182,11 @@ def sample(
     length: Annotated[int, Option(help="Tokens at most; the model may end sooner.")] = 400,
     temperature: Annotated[float, Option(help="Below 1 plays safe, above takes risks; 0 is the likeliest.")] = 0.95,
     top_k: Annotated[int | None, Option(help="Draw from the k likeliest tokens only.")] = 32,
-    tempo: Annotated[float, Option(help="Quarter notes a minute.")] = 80.0,
+    tempo: Annotated[float, Option(help="Quarter notes a minute, 4 to 1000.")] = 80.0,
     seed: int = 0,
 ) -> None:
     """Let MuseNet write a piece: a MIDI file to listen to and a piano roll to look at."""
-    from .midi import write_midi
+    from .midi import FASTEST, SLOWEST, write_midi
     from .model import MuseNet, preset
     from .pianoroll import draw_piano_roll
     from .sampling import sample as draw
@@ -200,8 +200,8 @@ def sample(
         raise ValueError("one of --checkpoint PATH and --untrained must be given")
     if length < 1:
         raise ValueError(f"length must be at least 1 token, got {length}")
-    if not tempo > 0:
-        raise ValueError(f"tempo must be positive, got {tempo}")
+    if not SLOWEST <= tempo <= FASTEST:
+        raise ValueError(f"tempo must be from {SLOWEST} to {FASTEST}, got {tempo}")
     if checkpoint is not None:
         model, vocabulary = load_model(checkpoint)
         title = f"MuseNet, {checkpoint}, seed {seed}"
