@@ -179,7 +179,9 @@ def sample(
     checkpoint: Annotated[Path | None, Option(help="What `train` wrote.")] = None,
     untrained: Annotated[bool, Option("--untrained", help="Random weights: noise, to try things out.")] = False,
     out: Annotated[Path, Option(help="Where to write: OUT.mid and OUT.png.")] = Path("runs/chorale"),
-    length: Annotated[int, Option(help="Tokens at most; the model may end sooner.")] = 400,
+    length: Annotated[
+        int | None, Option(help="Tokens at most, the model may end sooner; 400, or what the context holds.")
+    ] = None,
     temperature: Annotated[float, Option(help="Below 1 plays safe, above takes risks; 0 is the likeliest.")] = 0.95,
     top_k: Annotated[int | None, Option(help="Draw from the k likeliest tokens only.")] = 32,
     tempo: Annotated[float, Option(help="Quarter notes a minute, 4 to 1000.")] = 80.0,
@@ -198,7 +200,7 @@ def sample(
         raise ValueError(f"{out}: can't be written (it is a folder)")
     if (checkpoint is None) is not untrained:
         raise ValueError("one of --checkpoint PATH and --untrained must be given")
-    if length < 1:
+    if length is not None and length < 1:
         raise ValueError(f"length must be at least 1 token, got {length}")
     if not SLOWEST <= tempo <= FASTEST:
         raise ValueError(f"tempo must be from {SLOWEST} to {FASTEST}, got {tempo}")
@@ -210,8 +212,11 @@ def sample(
         model, vocabulary = MuseNet(preset("tiny", len(CHORALES))).eval(), CHORALES
         title = f"MuseNet with random weights, seed {seed}"
         console.print("[yellow]These weights are random: what comes out is noise, not music.[/]")
-    if length >= model.config.context:
-        raise ValueError(f"length must be less than the context, {model.config.context}, got {length}")
+    room = model.config.context  # and start: the last token drawn needs no place
+    if length is None:
+        length = min(400, room)
+    if length > room:
+        raise ValueError(f"length must be at most the context, {room}, got {length}")
     midi, picture = out.with_name(f"{out.name}.mid"), out.with_name(f"{out.name}.png")
     writable(midi)
     writable(picture)

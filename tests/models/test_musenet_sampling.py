@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
@@ -11,13 +12,15 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
+from models import checkpoint
 from models.__main__ import application
 from models.musenet.data import Piece
 from models.musenet.midi import read_midi
 from models.musenet.model import Config, MuseNet
 from models.musenet.pianoroll import draw_piano_roll
 from models.musenet.sampling import draw, sample
-from models.musenet.tokens import Note
+from models.musenet.tokens import CHORALES, Note
+from models.musenet.training import KIND, Recipe
 
 
 @pytest.fixture
@@ -59,6 +62,19 @@ def test_drawing_follows_temperature_and_top_k() -> None:
         assert (counts > 0).sum() == top_k
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-38, 1e-320])
+def test_the_lowest_temperatures_draw_the_likeliest(temperature: float) -> None:
+    logits = torch.tensor([30.0, -50.0, 90.0, 89.9])
+    assert {draw(logits, temperature, 4, seeded(seed)) for seed in range(20)} == {2}
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_model_that_has_diverged_draws_nothing(temperature: float, wrong: float) -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        draw(torch.tensor([0.5, wrong, 1.0]), temperature, 2, seeded(0))
+
+
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
@@ -85,6 +101,24 @@ def test_the_command_writes_music_and_its_picture(tmp_path: Path) -> None:
         assert min(picture.size) > 300
 
 
+@pytest.mark.parametrize("length", [[], ["--length", "64"]], ids=["default", "all"])
+def test_a_small_context_is_filled(model: MuseNet, tmp_path: Path, length: list[str]) -> None:
+    config = replace(model.config, vocabulary=len(CHORALES))
+    path = tmp_path / "small.safetensors"
+    about = {"step": 1, "config": asdict(config), "vocabulary": asdict(CHORALES), "recipe": asdict(Recipe())}
+    endless = MuseNet(config)
+    with torch.no_grad():  # a logit of about -81
+        endless.norm.bias[0] = 9
+        endless.embedding.weight[CHORALES.end, 0] = -9
+    checkpoint.save(path, KIND, checkpoint.prefixed(endless.state_dict(), "model"), about)
+    arguments = ["sample", "musenet", "--checkpoint", str(path), "--out", str(tmp_path / "piece"), "--top-k", "900"]
+    result = CliRunner().invoke(application(), [*arguments, *length])
+    assert result.exit_code == 0, result.output
+    assert "64 tokens, cut at --length" in result.output
+    longer = CliRunner().invoke(application(), [*arguments, "--length", "65"])
+    assert "length must be at most the context, 64, got 65" in str(longer.exception)
+
+
 def test_music_without_its_picture_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -104,7 +138,7 @@ def test_music_without_its_picture_is_not_left_behind(tmp_path: Path, monkeypatc
     ("arguments", "why"),
     [
         ([], "one of --checkpoint PATH and --untrained"),
-        (["--untrained", "--length", "100000"], "length must be less than the context"),
+        (["--untrained", "--length", "100000"], "length must be at most the context, 512,"),
         (["--untrained", "--length", "0"], "length must be at least 1"),
         (["--untrained", "--tempo", "3.9"], "tempo must be from 4 to 1000, got 3.9"),
         (["--untrained", "--tempo", "nan"], "tempo must be from 4 to 1000, got nan"),
