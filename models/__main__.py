@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from . import report
 from .compare import SideFailed
 from .registry import COMMANDS, MODELS
 
@@ -17,7 +18,7 @@ def list_models() -> None:
     table = Table("model", "", "from", "commands")
     for model in MODELS:
         table.add_row(model.name, model.about, model.source, ", ".join(c for c in COMMANDS if model.command(c)))
-    Console().print(table)
+    report.console().print(table)
 
 
 def application() -> typer.Typer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +14,16 @@ from typing import Annotated, Any, cast
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typer import Option
 
+from .. import report
 from ..atomic import replacing, writable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+#: All that a generator's state tells apart.
+Seed = Annotated[int, Option(min=0, max=2**63 - 1)]
 
 #: What --resume takes from the command line; all else is the checkpoint's.
 RESUMABLE = {"out", "steps", "save_every", "resume"}
@@ -36,21 +40,20 @@ def compare(
     summary: Annotated[int, Option(help="c of the fixed pattern: summary columns in a block.")] = 32,
     recompute: Annotated[bool, Option(help="Recompute activations in the backward pass, on both sides.")] = False,
     dtype: Annotated[str, Option(help=", ".join(DTYPES))] = "float32",
-    device: Annotated[str, Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, Option(help="cpu, cuda or cuda:N.")] = "cpu",
     backend: Annotated[str, Option(help="What serves our side: auto, cpu, triton.")] = "auto",
     repetitions: Annotated[int, Option(help="Timed runs of each.")] = 3,
-    seed: int = 0,
+    seed: Seed = 0,
     json_path: Annotated[Path | None, Option("--json", help="Also write the figures here.")] = None,
 ) -> None:
     """Run MuseNet on chorales with our kernels and in plain PyTorch. Exits with 1 if the numbers differ."""
-    from .. import report
     from ..compare import compare as run
     from .comparison import chorale_tokens, problem
     from .model import Config
     from .patterns import Attention
     from .tokens import CHORALES
 
-    console = Console()
+    console = report.console()
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if batch < 1:
@@ -62,14 +65,14 @@ def compare(
     )  # fmt: skip
     if json_path is not None:
         writable(json_path)
-    tokens = chorale_tokens(context + 1)
+    tokens = chorale_tokens(context)
     with console.status("starting") as status:
         comparison = run(
             partial(problem, config, tokens, batch, DTYPES[dtype], device, seed),
             dtype=DTYPES[dtype], device=device, backend=backend, repetitions=repetitions, say=status.update,
         )  # fmt: skip
     title = (
-        f"MuseNet: {layers} layers, {heads} heads, width {width}, {comparison.parameters / 1e6:.1f} M parameters; "
+        f"MuseNet: {layers} layers, {heads} heads, width {width}, {report.count(comparison.parameters)} parameters; "
         f"{attention} attention, {batch} × {context} tokens of chorales, {dtype}"
     )
     report.show(comparison, console, title)
@@ -106,7 +109,7 @@ def train(
     evaluate: Annotated[int, Option(help="Steps between measurements on held-out pieces.")] = 50,
     held_out: Annotated[int, Option(help="Excerpts of held-out pieces to measure on.")] = 8,
     transpose: Annotated[bool, Option(help="Play each piece in a random key.")] = True,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> None:
     """Train MuseNet on the Bach chorales, with losses in bits per token."""
     from torch.utils.tensorboard import SummaryWriter
@@ -116,7 +119,7 @@ def train(
     from .tokens import CHORALES
     from .training import Recipe, Training
 
-    console = Console()
+    console = report.console()
     path = out / "checkpoint.safetensors"
     if steps < 1 or save_every < 1:
         raise ValueError(f"steps and save-every must be at least 1, got {steps} and {save_every}")
@@ -145,7 +148,7 @@ def train(
         run = Training(config, recipe, CHORALES, chorales(pieces))
     parameters = sum(p.numel() for p in run.model.parameters())
     excerpts = f"{run.recipe.batch} excerpts of {run.recipe.length} tokens a step"
-    console.print(f"{parameters / 1e6:.1f} M parameters, {run.config.attention} attention, {excerpts}")
+    console.print(f"{report.count(parameters)} parameters, {run.config.attention} attention, {excerpts}")
     held: float | None = None
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
@@ -185,7 +188,7 @@ def sample(
     temperature: Annotated[float, Option(help="Below 1 plays safe, above takes risks; 0 is the likeliest.")] = 0.95,
     top_k: Annotated[int | None, Option(help="Draw from the k likeliest tokens only.")] = 32,
     tempo: Annotated[float, Option(help="Quarter notes a minute, 4 to 1000.")] = 80.0,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> None:
     """Let MuseNet write a piece: a MIDI file to listen to and a piano roll to look at."""
     from .midi import FASTEST, SLOWEST, write_midi
@@ -195,7 +198,7 @@ def sample(
     from .tokens import CHORALES, TICKS_PER_BEAT
     from .training import load_model
 
-    console = Console()
+    console = report.console()
     if not out.name:
         raise ValueError(f"{out}: can't be written (it is a folder)")
     if (checkpoint is None) is not untrained:
@@ -217,7 +220,8 @@ def sample(
         length = min(400, room)
     if length > room:
         raise ValueError(f"length must be at most the context, {room}, got {length}")
-    midi, picture = out.with_name(f"{out.name}.mid"), out.with_name(f"{out.name}.png")
+    name = out.name.removesuffix(".mid").removesuffix(".png")
+    midi, picture = out.with_name(f"{name}.mid"), out.with_name(f"{name}.png")
     writable(midi)
     writable(picture)
     drawn = draw(
@@ -248,7 +252,9 @@ def _typed(ctx: typer.Context, name: str) -> bool:
 
 
 def _check_device(device: str) -> None:
-    """Raise a ValueError if torch can't compute on ``device``."""
+    """Raise a ValueError if ``device`` is not a CPU or GPU that torch can compute on."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:

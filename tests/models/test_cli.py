@@ -29,6 +29,21 @@ def test_every_command_explains_itself(command: str, model: str) -> None:
     assert "--seed" in result.output
 
 
+@pytest.mark.parametrize("seed", ["-1", str(2**63)])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_seed_that_no_generator_takes_is_refused(command: str, seed: str) -> None:
+    result = CliRunner().invoke(application(), [command, "musenet", "--seed", seed])
+    assert result.exit_code == 2
+    assert "--seed" in result.output
+
+
+def test_a_log_is_wide_enough_for_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    result = CliRunner().invoke(application(), ["list"])
+    assert max(map(len, result.output.splitlines())) > 80
+    assert "…" not in result.output
+
+
 def test_a_mistake_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["models", "sample", "musenet", "--checkpoint", "no/such.safetensors"])
     with pytest.raises(SystemExit) as ended:

@@ -101,6 +101,14 @@ def test_the_command_writes_music_and_its_picture(tmp_path: Path) -> None:
         assert min(picture.size) > 300
 
 
+@pytest.mark.parametrize("typed", ["piece.mid", "piece.png"])
+def test_a_typed_suffix_is_not_doubled(tmp_path: Path, typed: str) -> None:
+    arguments = ["sample", "musenet", "--untrained", "--out", str(tmp_path / typed), "--length", "80"]
+    result = CliRunner().invoke(application(), arguments)
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["piece.mid", "piece.png"]
+
+
 @pytest.mark.parametrize("length", [[], ["--length", "64"]], ids=["default", "all"])
 def test_a_small_context_is_filled(model: MuseNet, tmp_path: Path, length: list[str]) -> None:
     config = replace(model.config, vocabulary=len(CHORALES))
@@ -153,15 +161,13 @@ def test_what_the_command_can_not_do_it_says(tmp_path: Path, arguments: list[str
     assert not list(tmp_path.iterdir())
 
 
-def test_the_picture_shows_every_note(pieces: list[Piece], tmp_path: Path) -> None:
-    """Each voice's colour covers about the share of the picture that its notes have."""
-    notes = [Note(0, 48, "soprano", 72, 127), Note(48, 24, "bass", 60, 127), Note(72, 24, "kazoo", 66, 127)]
-    path = tmp_path / "roll.png"
+def shares(notes: list[Note], path: Path) -> dict[str, int]:
+    """How many pixels of a piece's picture have about the colour of each instrument."""
     draw_piano_roll(notes, path)
     with Image.open(path) as picture:
         colours = picture.convert("RGB").getcolors(maxcolors=2**24)
     assert colours is not None
-    near = {
+    return {
         name: sum(n for n, c in colours if sum(abs(a - b) for a, b in zip(c, wanted)) < 45)
         for name, wanted in {
             "soprano": (0xD1, 0x49, 0x5B),
@@ -169,6 +175,20 @@ def test_the_picture_shows_every_note(pieces: list[Piece], tmp_path: Path) -> No
             "other": (0x7B, 0x5E, 0xA7),
         }.items()
     }
+
+
+def test_voices_that_sound_a_pitch_at_once_share_its_height(tmp_path: Path) -> None:
+    notes = [Note(0, 96, "bass", 60, 127), Note(0, 96, "soprano", 60, 127), Note(0, 48, "kazoo", 64, 127)]
+    together = shares(notes, tmp_path / "roll.png")
+    assert together["soprano"] / together["bass"] == pytest.approx(1, rel=0.15)
+    assert together["soprano"] / together["other"] == pytest.approx(1, rel=0.15)
+
+
+def test_the_picture_shows_every_note(pieces: list[Piece], tmp_path: Path) -> None:
+    """Each voice's colour covers about the share of the picture that its notes have."""
+    notes = [Note(0, 48, "soprano", 72, 127), Note(48, 24, "bass", 60, 127), Note(72, 24, "kazoo", 66, 127)]
+    path = tmp_path / "roll.png"
+    near = shares(notes, path)
     assert near["soprano"] / near["bass"] == pytest.approx(2, rel=0.15)
     assert near["other"] / near["bass"] == pytest.approx(1, rel=0.15)
     with pytest.raises(ValueError, match="at least one"):
