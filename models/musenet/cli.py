@@ -19,6 +19,7 @@ from typer import Option
 
 from .. import report
 from ..atomic import replacing, writable
+from .tokens import Vocabulary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -181,6 +182,7 @@ def train(
 def sample(
     checkpoint: Annotated[Path | None, Option(help="What `train` wrote.")] = None,
     untrained: Annotated[bool, Option("--untrained", help="Random weights: noise, to try things out.")] = False,
+    prompt: Annotated[Path | None, Option(help="A MIDI file to go on with.")] = None,
     out: Annotated[Path, Option(help="Where to write: OUT.mid and OUT.png.")] = Path("runs/chorale"),
     length: Annotated[
         int | None, Option(help="Tokens at most, the model may end sooner; 400, or what the context holds.")
@@ -215,27 +217,27 @@ def sample(
         model, vocabulary = MuseNet(preset("tiny", len(CHORALES))).eval(), CHORALES
         title = f"MuseNet with random weights, seed {seed}"
         console.print("[yellow]These weights are random: what comes out is noise, not music.[/]")
-    room = model.config.context  # and start: the last token drawn needs no place
+    context = model.config.context
+    begun = [vocabulary.start] if prompt is None else _opening(prompt, vocabulary, context)
+    room = context - len(begun) + 1  # the last token drawn needs no place in the context
     if length is None:
         length = min(400, room)
     if length > room:
-        raise ValueError(f"length must be at most the context, {room}, got {length}")
+        raise ValueError(f"length must be at most the {room} tokens that the context of {context} leaves, got {length}")
     name = out.name.removesuffix(".mid").removesuffix(".png")
     midi, picture = out.with_name(f"{name}.mid"), out.with_name(f"{name}.png")
     writable(midi)
     writable(picture)
-    drawn = draw(
-        model, [vocabulary.start], temperature=temperature, top_k=top_k, generator=torch.Generator().manual_seed(seed)
-    )
+    drawn = draw(model, begun, temperature=temperature, top_k=top_k, generator=torch.Generator().manual_seed(seed))
     tokens = []
     with Progress(transient=True, console=console) as bar:
         for token in bar.track(islice(drawn, length), total=length, description="composing"):
             tokens.append(token)
             if token == vocabulary.end:
                 break
-    notes = vocabulary.decode(tokens)
-    if not notes:
+    if not vocabulary.decode(tokens):
         raise ValueError(f"there is not one note in the {len(tokens)} tokens drawn; try another --seed or --length")
+    notes = vocabulary.decode([*begun, *tokens])
     with replacing(midi) as music, replacing(picture) as drawing:  # neither is there until both are whole
         draw_piano_roll(notes, drawing, title=title)
         write_midi(notes, music, beats_per_minute=tempo)
@@ -243,6 +245,24 @@ def sample(
     ended = "ended by itself" if tokens[-1] == vocabulary.end else "cut at --length"
     console.print(f"{len(notes)} notes, {beats:.0f} beats, {len(tokens)} tokens, {ended}")
     console.print(f"to listen to: {midi}\nto look at:   {picture}", soft_wrap=True)
+
+
+def _opening(path: Path, vocabulary: Vocabulary, context: int) -> list[int]:
+    """The tokens of a MIDI file that a model is to go on with.
+
+    Raises:
+        ValueError: naming the file, if it can't be read, the vocabulary can't say it, or it leaves no room.
+    """
+    from .midi import read_midi
+
+    notes = read_midi(path)
+    try:
+        tokens = vocabulary.encode(notes)[:-1]  # all but end
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if len(tokens) >= context:
+        raise ValueError(f"{path}: must have fewer tokens than the context, {context}, but has {len(tokens)}")
+    return tokens
 
 
 def _typed(ctx: typer.Context, name: str) -> bool:

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 from models import checkpoint
 from models.__main__ import application
 from models.musenet.data import Piece
-from models.musenet.midi import read_midi
+from models.musenet.midi import read_midi, write_midi
 from models.musenet.model import Config, MuseNet
 from models.musenet.pianoroll import draw_piano_roll
 from models.musenet.sampling import draw, sample
-from models.musenet.tokens import CHORALES, Note
+from models.musenet.tokens import CHORALES, TICKS_PER_BEAT, Note
 from models.musenet.training import KIND, Recipe
 
 
@@ -101,6 +101,48 @@ def test_the_command_writes_music_and_its_picture(tmp_path: Path) -> None:
         assert min(picture.size) > 300
 
 
+def test_a_prompt_is_gone_on_with(pieces: list[Piece], tmp_path: Path) -> None:
+    opening = [note for note in pieces[1].notes if note.end <= 8 * TICKS_PER_BEAT]
+    write_midi(opening, tmp_path / "opening.mid")
+    arguments = ["sample", "musenet", "--untrained", "--prompt", str(tmp_path / "opening.mid")]
+    out = ["--out", str(tmp_path / "whole"), "--top-k", "900"]
+    result = CliRunner().invoke(application(), [*arguments, *out])
+    assert result.exit_code == 0, result.output
+    notes = read_midi(tmp_path / "whole.mid")
+    ended = max(note.end for note in opening)
+    assert [note for note in notes if note.start < ended] == sorted(opening)
+    assert any(note.start >= ended for note in notes)
+
+    room = 512 - (len(CHORALES.encode(opening)) - 1) + 1
+    longer = CliRunner().invoke(application(), [*arguments, *out, "--length", str(room + 1)])
+    assert f"at most the {room} tokens that the context of 512 leaves" in str(longer.exception)
+
+
+def test_a_prompt_that_can_not_be_gone_on_with_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawing(*_: object, **__: object) -> None:
+        raise AssertionError("drawing has begun")
+
+    monkeypatch.setattr("models.musenet.sampling.sample", drawing)
+    path = tmp_path / "prompt.mid"
+
+    def why() -> str:
+        arguments = ["sample", "musenet", "--untrained", "--prompt", str(path), "--out", str(tmp_path / "out")]
+        result = CliRunner().invoke(application(), arguments)
+        assert isinstance(result.exception, ValueError), result.output
+        assert not list(tmp_path.glob("out*"))
+        return str(result.exception)
+
+    assert why() == f"{path}: there is no such file"
+    path.write_bytes(b"")
+    assert why() == f"{path}: the file is empty"
+    path.write_bytes(b"a letter")
+    assert why().startswith(f"{path}: not a whole MIDI file")
+    write_midi([Note(0, 24, "bass", 48), Note(0, 24, "drums", 36)], path)
+    assert why() == f"{path}: a note's instrument must be one of soprano, alto, tenor, bass, got 'drums'"
+    write_midi([Note(24 * i, 24, "bass", 48 + i % 2) for i in range(171)], path)  # 3 tokens each, and start
+    assert why() == f"{path}: must have fewer tokens than the context, 512, but has 514"
+
+
 @pytest.mark.parametrize("typed", ["piece.mid", "piece.png"])
 def test_a_typed_suffix_is_not_doubled(tmp_path: Path, typed: str) -> None:
     arguments = ["sample", "musenet", "--untrained", "--out", str(tmp_path / typed), "--length", "80"]
@@ -124,7 +166,7 @@ def test_a_small_context_is_filled(model: MuseNet, tmp_path: Path, length: list[
     assert result.exit_code == 0, result.output
     assert "64 tokens, cut at --length" in result.output
     longer = CliRunner().invoke(application(), [*arguments, "--length", "65"])
-    assert "length must be at most the context, 64, got 65" in str(longer.exception)
+    assert "length must be at most the 64 tokens that the context of 64 leaves, got 65" in str(longer.exception)
 
 
 def test_music_without_its_picture_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +188,10 @@ def test_music_without_its_picture_is_not_left_behind(tmp_path: Path, monkeypatc
     ("arguments", "why"),
     [
         ([], "one of --checkpoint PATH and --untrained"),
-        (["--untrained", "--length", "100000"], "length must be at most the context, 512,"),
+        (
+            ["--untrained", "--length", "100000"],
+            "length must be at most the 512 tokens that the context of 512 leaves, got 100000",
+        ),
         (["--untrained", "--length", "0"], "length must be at least 1"),
         (["--untrained", "--tempo", "3.9"], "tempo must be from 4 to 1000, got 3.9"),
         (["--untrained", "--tempo", "nan"], "tempo must be from 4 to 1000, got nan"),
