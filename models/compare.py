@@ -151,9 +151,7 @@ def compare(
         raise ValueError(f"dtype must be one of {', '.join(map(str, TOLERANCES))}, got {dtype}")
     if repetitions < 1:
         raise ValueError(f"repetitions must be at least 1, got {repetitions}")
-    with gdl_kernels.backend(backend):  # here only to refuse a wrong name before anything starts
-        if reasons := _native.missing(backend):
-            raise ValueError(f"backend must be one that this machine has, got {backend!r}: {'; '.join(reasons)}")
+    check_backend(backend)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         sides = {}
@@ -190,6 +188,13 @@ def compare(
     return Comparison(
         dtype, device, parameters, repetitions, served, output_error, losses, gradient_error, worst, measured
     )
+
+
+def check_backend(backend: str) -> None:
+    """Raise a ValueError if there is no such backend, or this machine lacks it."""
+    with gdl_kernels.backend(backend):  # which refuses a wrong name
+        if reasons := _native.missing(backend):
+            raise ValueError(f"backend must be one that this machine has, got {backend!r}: {'; '.join(reasons)}")
 
 
 def errors(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[float, float, str]:

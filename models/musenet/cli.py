@@ -48,6 +48,7 @@ def compare(
     json_path: Annotated[Path | None, Option("--json", help="Also write the figures here.")] = None,
 ) -> None:
     """Run MuseNet on chorales with our kernels and in plain PyTorch. Exits with 1 if the numbers differ."""
+    from ..compare import check_backend
     from ..compare import compare as run
     from .comparison import chorale_tokens, problem
     from .model import Config
@@ -60,6 +61,7 @@ def compare(
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     _check_device(device)
+    check_backend(backend)
     config = Config(
         vocabulary=len(CHORALES), context=context, layers=layers, heads=heads, width=width,
         attention=cast(Attention, attention), stride=stride, summary=summary, recompute=recompute,
@@ -201,7 +203,7 @@ def sample(
     from .training import load_model
 
     console = report.console()
-    if not out.name:
+    if out.name in ("", ".."):
         raise ValueError(f"{out}: can't be written (it is a folder)")
     if (checkpoint is None) is not untrained:
         raise ValueError("one of --checkpoint PATH and --untrained must be given")

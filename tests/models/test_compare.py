@@ -168,6 +168,9 @@ def test_a_backend_that_this_machine_lacks_is_refused_before_anything_starts(mon
     monkeypatch.setattr(_native, "missing", lambda backend: [f"no {backend} here"] if backend == "triton" else [])
     with pytest.raises(ValueError, match="backend must be one that this machine has, got 'triton': no triton here"):
         compare(failing_problem, backend="triton")
+    monkeypatch.delattr("models.musenet.comparison.chorales")  # what the command would begin with
+    result = CliRunner().invoke(application(), ["compare", "musenet", "--backend", "triton"])
+    assert "backend must be one that this machine has" in str(result.exception)
 
 
 @pytest.mark.parametrize("device", ["meta", "cuda:", "cuda:x", "gpu", "cpu:0", "mps"])
@@ -199,7 +202,7 @@ def test_a_context_longer_than_all_chorales_is_refused(pieces: list[Piece], monk
 
 
 def test_small_figures_are_shown_as_such() -> None:
-    assert [report.duration(s) for s in (0.00123, 0.25, 1.0, 12.345)] == ["1.23 ms", "250 ms", "1.00 s", "12.35 s"]
+    assert [report.duration(s) for s in (0.00123, 0.9999, 1.0, 12.345)] == ["1.23 ms", "999.90 ms", "1.00 s", "12.35 s"]
     assert [report.count(n) for n in (34_567, 999_999, 1_234_567)] == ["34.6 thousand", "1000.0 thousand", "1.2 M"]
 
 
