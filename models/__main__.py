@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from . import report
 from .compare import SideFailed
 from .registry import COMMANDS, MODELS
 
@@ -17,7 +18,7 @@ def list_models() -> None:
     table = Table("model", "", "from", "commands")
     for model in MODELS:
         table.add_row(model.name, model.about, model.source, ", ".join(c for c in COMMANDS if model.command(c)))
-    Console().print(table)
+    report.console().print(table)
 
 
 def application() -> typer.Typer:
@@ -40,10 +41,12 @@ def main() -> None:
         application()()
     except (ValueError, SideFailed) as error:
         sys.exit(_failed(str(error)))
+    except OSError as error:
+        sys.exit(_failed(": ".join(str(part) for part in (error.filename, error.strerror or error) if part)))
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("gdl_kernels", "models"):
             raise
-        sys.exit(_failed(f"{error.name} is not installed; the models need: pip install 'gdl_kernels[models]'"))
+        sys.exit(_failed(f"{error.name} is not installed; the models need: pip install -e '.[models]'"))
 
 
 def _failed(message: str) -> int:

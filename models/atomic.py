@@ -9,6 +9,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def writable(path: Path) -> None:
+    """Make the folder of ``path`` and try to write there: asked before long work, not found out after it.
+
+    Raises:
+        ValueError: naming ``path``, if no file can be written there.
+    """
+    try:
+        if path.is_dir():
+            raise ValueError(f"{path}: can't be written (it is a folder)")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except FileExistsError as error:
+        raise ValueError(f"{path}: can't be written ({error.filename} is no folder)") from error
+    except OSError as error:
+        raise ValueError(f"{path}: can't be written ({error.strerror})") from error
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside ``path`` to write to; it takes the place of ``path`` once it is whole.

@@ -33,8 +33,12 @@ def load(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         ValueError: if the file is missing, cut off, no safetensors file, or of another kind. The message names it.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file")
+    try:
+        path.open("rb").close()
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: there is no such file") from error
+    except OSError as error:
+        raise ValueError(f"{path}: can't be read ({error.strerror})") from error
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import platform
+import signal
 import statistics
 import tempfile
 import time
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import gdl_kernels
+from gdl_kernels import _native
 from gdl_kernels._backends import Explanation
 
 #: Allowed ``|ours - reference| / |reference|``, in 2-norms, of the output and of each parameter's gradient.
@@ -142,15 +144,15 @@ def compare(
         say: is told what happens.
 
     Raises:
-        ValueError: if ``dtype`` has no tolerance, ``repetitions`` is not positive, or there is no such backend.
+        ValueError: if ``dtype`` has no tolerance, ``repetitions`` is not positive, or ``backend`` is none or not here.
         SideFailed: if a side can't be run, as when ``backend`` can't serve it; the message has the reason.
     """
     if dtype not in TOLERANCES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, TOLERANCES))}, got {dtype}")
     if repetitions < 1:
         raise ValueError(f"repetitions must be at least 1, got {repetitions}")
+    check_backend(backend)
     with ExitStack() as stack:
-        stack.enter_context(gdl_kernels.backend(backend))  # here only to refuse a wrong name before anything starts
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         sides = {}
         for side, served_by in zip(SIDES, (backend, "reference")):
@@ -186,6 +188,13 @@ def compare(
     return Comparison(
         dtype, device, parameters, repetitions, served, output_error, losses, gradient_error, worst, measured
     )
+
+
+def check_backend(backend: str) -> None:
+    """Raise a ValueError if there is no such backend, or this machine lacks it."""
+    with gdl_kernels.backend(backend):  # which refuses a wrong name
+        if reasons := _native.missing(backend):
+            raise ValueError(f"backend must be one that this machine has, got {backend!r}: {'; '.join(reasons)}")
 
 
 def errors(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[float, float, str]:
@@ -235,10 +244,17 @@ class _Side:
         ours, theirs = context.Pipe()
         arguments = (theirs, build, backend, device, folder / f"{name}.safetensors")
         process = context.Process(target=_serve, args=arguments, daemon=True)
-        process.start()
+        usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the process inherits: Ctrl-C is for us to answer
+        try:
+            process.start()
+        finally:
+            signal.signal(signal.SIGINT, usual)
         theirs.close()
         try:
             yield cls(name, process, ours)
+        except BaseException:
+            process.terminate()
+            raise
         finally:
             ours.close()
             process.join(timeout=10)
@@ -271,8 +287,6 @@ def _serve(connection: Connection, build: Build, backend: str, device: str, path
                 except EOFError:  # the asker is done
                     return
                 connection.send(worker.answer(question, path, *arguments))
-    except KeyboardInterrupt:
-        return
     except Exception as error:
         connection.send(error if _pickles(error) else RuntimeError(f"{type(error).__name__}: {error}"))
 

@@ -32,8 +32,8 @@ def show(comparison: Comparison, console: Console, title: str) -> None:
         speedup = comparison.speedup(phase)
         cost.add_row(
             phase,
-            f"{ours.seconds:.2f} s",
-            f"{reference.seconds:.2f} s",
+            duration(ours.seconds),
+            duration(reference.seconds),
             f"[bold]{speedup:.1f}×[/]" if speedup else "–",
             _megabytes(ours),
             _megabytes(reference),
@@ -46,6 +46,21 @@ def show(comparison: Comparison, console: Console, title: str) -> None:
         for op, verdicts in comparison.served.items():
             for backend, verdict in verdicts.items():
                 console.print(f"  {op}, {backend}: {verdict}", highlight=False, markup=False)
+
+
+def console() -> Console:
+    """The terminal, or a file of 120 columns: there rich would take 80, and cut tables."""
+    found = Console()
+    return found if found.is_terminal else Console(width=120)
+
+
+def count(number: int) -> str:
+    """``1234567`` is ``1.2 M``, ``34567`` is ``34.6 thousand``."""
+    return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number / 1e3:.1f} thousand"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.2f} ms"
 
 
 def _megabytes(measurement: Measurement) -> str:

@@ -13,20 +13,21 @@ from .model import Config, MuseNet, bits_per_token
 from .tokens import CHORALES
 
 
-def chorale_tokens(count: int) -> list[int]:
-    """The first ``count`` tokens of the chorales on end, reading no more of them than that takes.
+def chorale_tokens(context: int) -> list[int]:
+    """The first ``context + 1`` tokens of the chorales on end, reading no more of them than that takes.
 
     Raises:
         ValueError: if the chorales have fewer tokens.
     """
-    pieces, tokens = 8, torch.empty(0)
-    while len(tokens) < count:
-        found = chorales(pieces)
+    limit, before = 8, 0
+    while True:
+        found = chorales(limit)
         tokens = stream(found, CHORALES)
-        if len(tokens) < count and len(found) < pieces // 2:
-            raise ValueError(f"count must be at most the chorales' {len(tokens)} tokens, got {count}")
-        pieces *= 2
-    return tokens[:count].tolist()
+        if len(tokens) > context:
+            return tokens[: context + 1].tolist()
+        if len(found) == before:
+            raise ValueError(f"context must be less than the chorales' {len(tokens)} tokens, got {context}")
+        limit, before = 2 * limit, len(found)
 
 
 def problem(config: Config, tokens: list[int], batch: int, dtype: torch.dtype, device: str, seed: int) -> Problem:

@@ -18,7 +18,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from ..atomic import replacing
+from ..atomic import replacing, writable
 from .midi import VOICES
 from .tokens import TICKS_PER_BEAT, Note, Vocabulary
 
@@ -57,7 +57,7 @@ def chorales(limit: int | None = None, *, processes: int = 2) -> list[Piece]:
         limit: how many pieces; all, some 400, by default.
 
     Raises:
-        ValueError: if ``limit`` is not positive.
+        ValueError: if ``limit`` is not positive, or the cache lacks pieces and can't be written.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 piece, got {limit}")
@@ -69,6 +69,8 @@ def chorales(limit: int | None = None, *, processes: int = 2) -> list[Piece]:
     version = importlib.metadata.version("music21")
     folder = cache_directory() / "chorales" / f"music21-{version}-grid-{TICKS_PER_BEAT}"
     missing = [source for source in sources if _cached(folder, source) is None]
+    if missing:
+        writable(folder / f"{missing[0].stem}.json")
     with ExitStack() as stack:
         parsed: Iterable[list[Note]] = map(_parse, missing)
         if len(missing) > PARSED_ALONE:
@@ -89,7 +91,7 @@ def chorales(limit: int | None = None, *, processes: int = 2) -> list[Piece]:
 def _cached(folder: Path, source: Path) -> list[Note] | None:
     try:
         return [Note(*fields) for fields in json.loads((folder / f"{source.stem}.json").read_text())]
-    except (FileNotFoundError, ValueError, TypeError):  # not there, or damaged: parse it again
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):  # not there, or damaged: parse it again
         return None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import replacing
-from .tokens import TICKS_PER_BEAT, Note
+from .tokens import TICKS_PER_BEAT, Note, check_note
 
 VOICES = ("soprano", "alto", "tenor", "bass")
 
@@ -24,6 +24,10 @@ PROGRAMS = {
 }  # fmt: skip
 
 
+#: Quarter notes a minute. MIDI keeps microseconds a quarter note in 24 bits, which ends at 3.6 a minute.
+SLOWEST, FASTEST = 4, 1000
+
+
 def read_midi(path: Path) -> list[Note]:
     """The notes of a MIDI file, rounded to the grid of ``TICKS_PER_BEAT``, in order of time.
 
@@ -34,14 +38,22 @@ def read_midi(path: Path) -> list[Note]:
     """
     import symusic
 
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file")
-    if path.stat().st_size == 0:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: there is no such file") from error
+    except OSError as error:
+        raise ValueError(f"{path}: can't be read ({error.strerror})") from error
+    if not content:
         raise ValueError(f"{path}: the file is empty")
     try:
-        score: Any = symusic.Score(path, fmt="midi")
+        score: Any = symusic.Score.from_midi(content)
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path}: not a whole MIDI file ({error})") from error
+    # The reader takes the tracks that it finds, so a file cut off between two of them would read as music.
+    told, found = int.from_bytes(content[10:12], "big"), _whole_tracks(content)
+    if found < told:
+        raise ValueError(f"{path}: cut off: {found} of its {told} tracks are there")
     if score.ticks_per_quarter <= 0:
         raise ValueError(f"{path}: its {score.ticks_per_quarter} ticks a quarter note are no tempo to read it by")
     notes = []
@@ -60,14 +72,16 @@ def write_midi(notes: Sequence[Note], path: Path, *, beats_per_minute: float = 8
     """Write notes as a MIDI file with a track an instrument.
 
     Raises:
-        ValueError: if there are no notes, or the tempo is not positive.
+        ValueError: if there are no notes, a note is one that MIDI can't say, or the tempo is not from 4 to 1000.
     """
     import symusic
 
     if not notes:
         raise ValueError(f"notes for {path} must be at least one, got none")
-    if beats_per_minute <= 0:
-        raise ValueError(f"beats_per_minute must be positive, got {beats_per_minute}")
+    for note in notes:
+        check_note(note)
+    if not SLOWEST <= beats_per_minute <= FASTEST:
+        raise ValueError(f"beats_per_minute must be from {SLOWEST} to {FASTEST}, got {beats_per_minute}")
     score: Any = symusic.Score(TICKS_PER_BEAT)
     score.tempos.append(symusic.Tempo(0, qpm=beats_per_minute))
     for instrument in sorted({note.instrument for note in notes}, key=_score_order):
@@ -79,6 +93,16 @@ def write_midi(notes: Sequence[Note], path: Path, *, beats_per_minute: float = 8
         score.tracks.append(track)
     with replacing(path) as temporary:
         temporary.write_bytes(score.dumps_midi())
+
+
+def _whole_tracks(content: bytes) -> int:
+    """How many track chunks a MIDI file has from beginning to end. A chunk: a name of 4 bytes, its length in 4, it."""
+    found = place = 0
+    while place + 8 <= len(content):
+        end = place + 8 + int.from_bytes(content[place + 4 : place + 8], "big")
+        found += content[place : place + 4] == b"MTrk" and end <= len(content)
+        place = end
+    return found
 
 
 def _instrument(name: str, program: int, is_drum: bool) -> str:

@@ -17,12 +17,15 @@ _OTHER_COLOURS = ("#7b5ea7", "#5c946e", "#b56576", "#4f86c6", "#c17c3a", "#5f6b7
 def draw_piano_roll(notes: Sequence[Note], path: Path, *, title: str = "") -> None:
     """Draw notes as bars, time in beats from left to right, pitch upwards, a colour an instrument, to a PNG file.
 
+    Instruments that sound a pitch at once share its height, the first in the legend on top.
+
     Raises:
         ValueError: if there are no notes.
     """
     if not notes:
         raise ValueError(f"notes for {path} must be at least one, got none")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyBboxPatch, Patch
 
@@ -37,14 +40,14 @@ def draw_piano_roll(notes: Sequence[Note], path: Path, *, title: str = "") -> No
         if pitch % 12 == 0:
             axes.axhline(pitch - 0.5, color="#c6cad2", linewidth=0.8, zorder=1)
     colours = _colours(sorted({note.instrument for note in notes}))
-    for note in notes:
+    for note, (bottom, height) in zip(notes, _lanes(notes, list(colours))):
+        strength = 0.4 + 0.6 * note.velocity / 127  # lightened, not transparent: what lies below must not mix in
         bar = FancyBboxPatch(
-            (note.start / TICKS_PER_BEAT + 0.03, note.pitch - 0.36),
+            (note.start / TICKS_PER_BEAT + 0.03, note.pitch + bottom),
             max(note.duration / TICKS_PER_BEAT - 0.06, 0.04),
-            0.72,
-            boxstyle="round,pad=0,rounding_size=0.12",
-            facecolor=colours[note.instrument],
-            alpha=0.35 + 0.6 * note.velocity / 127,
+            height,
+            boxstyle=f"round,pad=0,rounding_size={height / 6}",
+            facecolor=[1 - strength * (1 - part) for part in to_rgb(colours[note.instrument])],
             linewidth=0,
             zorder=3,
         )
@@ -63,12 +66,29 @@ def draw_piano_roll(notes: Sequence[Note], path: Path, *, title: str = "") -> No
         side.set_visible(False)
     axes.legend(
         handles=[Patch(color=colour, label=name) for name, colour in colours.items()],
-        loc="lower right", bbox_to_anchor=(1, 1), ncols=len(colours), frameon=False, fontsize=9,
+        loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4, ncols=min(len(colours), 8), frameon=False,
+        fontsize=9,
     )  # fmt: skip
     if title:
-        axes.set_title(title, loc="left", fontsize=11)
+        axes.set_title(title, loc="left", fontsize=11, pad=10, parse_math=False)  # a path may have a $
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", bbox_inches="tight")
+
+
+def _lanes(notes: Sequence[Note], instruments: list[str]) -> list[tuple[float, float]]:
+    """For each note the bottom of its bar, from the middle of its pitch, and the bar's height."""
+    whole = 0.72
+    same_pitch: dict[int, list[Note]] = {}
+    for note in notes:
+        same_pitch.setdefault(note.pitch, []).append(note)
+    lanes = []
+    for note in notes:
+        sounding = {other.instrument for other in same_pitch[note.pitch]
+                    if other.start < note.end and note.start < other.end}  # fmt: skip
+        order = sorted(sounding | {note.instrument}, key=instruments.index, reverse=True)
+        height = whole / len(order)
+        lanes.append((order.index(note.instrument) * height - whole / 2, height))
+    return lanes
 
 
 def _colours(instruments: Sequence[str]) -> dict[str, str]:

@@ -58,9 +58,17 @@ def _tokens(
 
 
 def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator | None) -> int:
-    """One token by its logits, float32 ``(vocabulary,)``."""
+    """One token by its logits, float32 ``(vocabulary,)``.
+
+    Raises:
+        ValueError: if one of them is not finite.
+    """
+    if not logits.isfinite().all():
+        raise ValueError("the model's logits are not finite: its weights are damaged, or its training diverged")
     if temperature == 0:
         return int(logits.argmax())
     best, tokens = logits.topk(top_k)
-    weights = (best / temperature).softmax(0).cpu()  # the generator is the CPU's, so a seed means the same everywhere
+    # Less the largest first: a low temperature would take the quotients to infinity, and infinity less itself is NaN.
+    weights = ((best - best[0]).double() / temperature).softmax(0)
+    weights = weights.cpu()  # the generator is the CPU's, so a seed means the same everywhere
     return int(tokens[torch.multinomial(weights, 1, generator=generator)])

@@ -40,6 +40,16 @@ class Note:
         return self.start + self.duration
 
 
+def check_note(note: Note) -> None:
+    """Raise a ValueError if neither MIDI nor a token can say the note."""
+    if not 0 <= note.pitch < PITCHES:
+        raise ValueError(f"a note's pitch must be from 0 to {PITCHES - 1}, got {note.pitch}")
+    if not 1 <= note.velocity <= 127:
+        raise ValueError(f"a note's velocity must be from 1 to 127, got {note.velocity}")
+    if note.start < 0 or note.duration < 1:
+        raise ValueError(f"a note must start at tick 0 or later and last a tick or more, got {note}")
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """Which tokens there are, in this order: start, end, the waits, then instrument x velocity x pitch.
@@ -183,12 +193,7 @@ class Vocabulary:
         if note.instrument not in self.instruments:
             names = ", ".join(self.instruments)
             raise ValueError(f"a note's instrument must be one of {names}, got {note.instrument!r}")
-        if not 0 <= note.pitch < PITCHES:
-            raise ValueError(f"a note's pitch must be from 0 to {PITCHES - 1}, got {note.pitch}")
-        if not 1 <= note.velocity <= 127:
-            raise ValueError(f"a note's velocity must be from 1 to 127, got {note.velocity}")
-        if note.start < 0 or note.duration < 1:
-            raise ValueError(f"a note must start at tick 0 or later and last a tick or more, got {note}")
+        check_note(note)
 
 
 #: The four voices of a chorale, at one velocity, which is all that their scores say.

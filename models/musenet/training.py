@@ -132,19 +132,35 @@ class Training:
         checkpoint.save(path, KIND, tensors, about)
 
     def run(self, steps: int) -> Iterator[Progress]:
-        """Train until ``steps`` steps are done in all."""
+        """Train until ``steps`` steps are done in all.
+
+        Raises:
+            ValueError: if a loss or gradient is not finite. The step it is from is not given out, so nobody saves it.
+        """
         while self.step < steps:
             rate = self.recipe.rate_at(self.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.zero_grad()
             loss = bits_per_token(self.model, next(self.excerpts))
+            self._check_finite("loss", loss.item())
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+            self._check_finite("norm of the gradients", norm.item())
             self.optimizer.step()
             self.step += 1
-            measure = self.step % self.recipe.evaluate == 0 or self.step == steps
-            yield Progress(self.step, loss.item(), rate, self.evaluate() if measure else None)
+            held_out = None
+            if self.step % self.recipe.evaluate == 0 or self.step == steps:
+                held_out = self.evaluate()
+                self._check_finite("held-out loss", held_out)
+            yield Progress(self.step, loss.item(), rate, held_out)
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise ValueError(
+                f"training has diverged: the {what} is {value} after {self.step} steps; "
+                "the last checkpoint is as it was; try a lower rate"
+            )
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -177,6 +193,8 @@ def load_model(path: Path) -> tuple[MuseNet, Vocabulary]:
     """
     tensors, about = checkpoint.load(path, KIND)
     config, vocabulary, _ = description(path, about)
+    if config.vocabulary != len(vocabulary):
+        raise ValueError(f"{path}: its model has {config.vocabulary} tokens and its vocabulary {len(vocabulary)}")
     model = MuseNet(config)
     checkpoint.load_weights(path, model, checkpoint.part(tensors, "model"))
     return model.eval(), vocabulary

@@ -47,6 +47,8 @@ def test_a_foreign_file_is_named(path: Path) -> None:
     assert str(path) in str(error.value)
     with pytest.raises(ValueError, match="no such file"):
         checkpoint.load(path.with_name("absent"), "kind.1")
+    with pytest.raises(ValueError, match=r"run: can't be read \(Is a directory\)"):
+        checkpoint.load(path.parent, "kind.1")
 
 
 def test_weights_of_another_model_are_refused(path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import time
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +16,11 @@ from typer.testing import CliRunner
 
 import gdl_kernels
 from gdl_kernels._backends import Explanation
+from models import report
 from models.__main__ import application
 from models.compare import Build, Comparison, Measurement, Problem, SideFailed, _Side, compare, errors
+from models.musenet.data import Piece, stream
+from models.musenet.tokens import CHORALES
 
 
 def random_problem(seed: int | None) -> Problem:
@@ -95,6 +100,28 @@ def test_a_side_that_fails_says_why(build: Build, message: str, tmp_path: Path) 
         side.ask("about")
 
 
+def sleeping_problem() -> Problem:
+    time.sleep(60)
+    raise AssertionError("nobody waits for this")
+
+
+def test_ctrl_c_is_left_to_the_asker(tmp_path: Path) -> None:
+    with _Side.started("kernels", partial(random_problem, 3), "auto", "cpu", tmp_path) as side:
+        answer = side.ask("about")
+        os.kill(side.process.pid, signal.SIGINT)
+        assert side.ask("about") == answer
+    assert side.process.exitcode == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_nobody_waits_for_a_side_that_is_given_up(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), _Side.started("kernels", sleeping_problem, "auto", "cpu", tmp_path) as side:
+        raise KeyboardInterrupt
+    assert side.process.exitcode == -signal.SIGTERM
+    assert time.monotonic() - begin < 8
+
+
 def test_errors_are_relative_and_find_the_worst() -> None:
     reference = {
         "output": torch.randn(50),
@@ -133,6 +160,50 @@ def test_a_gradient_on_one_side_only_is_an_error() -> None:
 def test_bad_arguments_are_refused_before_anything_starts(arguments: dict, what: str) -> None:
     with pytest.raises(ValueError, match=f"^{what} must"):
         compare(failing_problem, **arguments)
+
+
+def test_a_backend_that_this_machine_lacks_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gdl_kernels import _native
+
+    monkeypatch.setattr(_native, "missing", lambda backend: [f"no {backend} here"] if backend == "triton" else [])
+    with pytest.raises(ValueError, match="backend must be one that this machine has, got 'triton': no triton here"):
+        compare(failing_problem, backend="triton")
+    monkeypatch.delattr("models.musenet.comparison.chorales")  # what the command would begin with
+    result = CliRunner().invoke(application(), ["compare", "musenet", "--backend", "triton"])
+    assert "backend must be one that this machine has" in str(result.exception)
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:", "cuda:x", "gpu", "cpu:0", "mps"])
+def test_a_device_is_a_cpu_or_gpu(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    monkeypatch.delattr("models.musenet.comparison.chorales")  # what would begin
+    result = CliRunner().invoke(application(), ["compare", "musenet", "--device", device])
+    assert isinstance(result.exception, ValueError)
+    assert f"device must be cpu, cuda or cuda:N, got {device!r}" in str(result.exception)
+
+
+def test_a_context_longer_than_all_chorales_is_refused(pieces: list[Piece], monkeypatch: pytest.MonkeyPatch) -> None:
+    from models.musenet import comparison
+
+    asked = []
+    many = pieces * 6
+
+    def first(limit: int) -> list[Piece]:
+        asked.append(limit)
+        return [piece for place, piece in enumerate(many[:limit]) if place % 3]  # others lack a voice
+
+    monkeypatch.setattr(comparison, "chorales", first)
+    tokens = stream([piece for place, piece in enumerate(many) if place % 3], CHORALES).tolist()
+    assert comparison.chorale_tokens(len(tokens) - 1) == tokens
+    with pytest.raises(ValueError, match=f"context must be less than the chorales' {len(tokens)} tokens"):
+        comparison.chorale_tokens(len(tokens))
+    asked.clear()
+    assert comparison.chorale_tokens(99) == tokens[:100]
+    assert asked == [8]
+
+
+def test_small_figures_are_shown_as_such() -> None:
+    assert [report.duration(s) for s in (0.00123, 0.9999, 1.0, 12.345)] == ["1.23 ms", "999.90 ms", "1.00 s", "12.35 s"]
+    assert [report.count(n) for n in (34_567, 999_999, 1_234_567)] == ["34.6 thousand", "1000.0 thousand", "1.2 M"]
 
 
 def test_the_backend_asked_for_is_the_one_that_is_explained() -> None:

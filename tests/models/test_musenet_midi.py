@@ -68,6 +68,8 @@ def test_a_file_that_is_no_music_is_named_with_the_reason(tmp_path: Path, conten
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"can't be read \(Is a directory\)"):
+        read_midi(tmp_path)
     with pytest.raises(ValueError, match=r"absent\.mid: there is no such file"):
         read_midi(tmp_path / "absent.mid")
 
@@ -75,6 +77,43 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_nothing_is_written_when_there_is_nothing_to_write(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one"):
         write_midi([], tmp_path / "silence.mid")
-    with pytest.raises(ValueError, match="beats_per_minute"):
-        write_midi(NOTES, tmp_path / "silence.mid", beats_per_minute=0)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tempo", [0, 3.9, 1000.5, float("nan"), float("inf")])
+def test_a_tempo_that_midi_can_not_say_is_refused(tmp_path: Path, tempo: float) -> None:
+    with pytest.raises(ValueError, match="beats_per_minute must be from 4 to 1000"):
+        write_midi(NOTES, tmp_path / "piece.mid", beats_per_minute=tempo)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tempo", [4, 1000])
+def test_the_slowest_and_fastest_tempo_are_written_right(tmp_path: Path, tempo: float) -> None:
+    write_midi(NOTES, tmp_path / "piece.mid", beats_per_minute=tempo)
+    assert symusic.Score(tmp_path / "piece.mid").tempos[0].qpm == pytest.approx(tempo, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("note", "what"),
+    [
+        (Note(-1, 24, "bass", 60), "start"), (Note(0, 0, "bass", 60), "last"), (Note(0, 24, "bass", 128), "pitch"),
+        (Note(0, 24, "bass", -1), "pitch"), (Note(0, 24, "bass", 60, 200), "velocity"),
+    ],
+)  # fmt: skip
+def test_a_note_that_midi_can_not_say_is_refused(tmp_path: Path, note: Note, what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        write_midi([*NOTES, note], tmp_path / "piece.mid")
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_cut_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "piece.mid"
+    write_midi(NOTES[:3], path)
+    content = path.read_bytes()
+    assert content.count(b"MTrk") >= 3
+    for kept in range(len(content)):
+        path.write_bytes(content[:kept])
+        with pytest.raises(ValueError, match=r"piece\.mid: (cut off: \d of its|not a whole MIDI|the file is empty)"):
+            read_midi(path)
+    path.write_bytes(content + b"XTRA\0\0\0\3abc")  # a chunk that the standard says to pass over
+    assert len(read_midi(path)) == 3

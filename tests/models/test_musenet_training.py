@@ -79,12 +79,43 @@ def test_a_damaged_description_is_named(pieces: list[Piece], tmp_path: Path) -> 
         checkpoint.save(path, KIND, tensors, damaged)
         with pytest.raises(ValueError, match=r"checkpoint\.safetensors: its description"):
             Training.resumed(path, lambda limit: pieces)
+    other = {**about, "vocabulary": {**about["vocabulary"], "longest_wait": 95}}
+    checkpoint.save(path, KIND, tensors, other)
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors: its model has 1122 tokens and its vocabulary 1121"):
+        load_model(path)
     checkpoint.save(path, KIND, {n: t for n, t in tensors.items() if n != "random.data"}, about)
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors: its random state"):
         Training.resumed(path, lambda limit: pieces)
     checkpoint.save(path, KIND, {n: t for n, t in tensors.items() if "norm.bias" not in n or "model" in n}, about)
     with pytest.raises(ValueError, match=r"checkpoint\.safetensors: the optimiser's state is missing"):
         Training.resumed(path, lambda limit: pieces)
+
+
+def test_a_run_that_diverges_ends_and_leaves_its_checkpoint(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ["train", "musenet", *TINY, "--out", str(out), "--rate", "1e30", "--warmup", "1", "--evaluate", "100"]
+    result = CliRunner().invoke(application(), [*arguments, "--steps", "5"])
+    assert isinstance(result.exception, ValueError), result.output
+    assert "diverged" in str(result.exception)
+    assert "try a lower rate" in str(result.exception)
+    assert not (out / "checkpoint.safetensors").exists()
+
+
+def test_no_step_is_made_of_numbers_that_are_not_finite(pieces: list[Piece], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Training(CONFIG, RECIPE, CHORALES, pieces)
+    before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
+    poison = run.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(ValueError, match=r"norm of the gradients is (inf|nan) after 0 steps"):
+        next(run.run(2))
+    poison.remove()
+    with monkeypatch.context() as patch:
+        patch.setattr("models.musenet.training.bits_per_token", lambda model, tokens: torch.tensor(float("nan")))
+        with pytest.raises(ValueError, match="loss is nan after 0 steps"):
+            next(run.run(2))
+    assert all(torch.equal(weight, before[name]) for name, weight in run.model.state_dict().items())
+    monkeypatch.setattr(run, "evaluate", lambda: float("nan"))
+    with pytest.raises(ValueError, match="held-out loss is nan after 1 steps"):
+        next(run.run(1))
 
 
 @pytest.mark.parametrize(
@@ -153,3 +184,7 @@ def test_ctrl_c_ends_after_a_whole_step(tmp_path: Path, pieces: list[Piece]) -> 
     assert "--resume goes on from there" in output
     _, about = checkpoint.load(out / "checkpoint.safetensors", KIND)
     assert f"Stopped after step {about['step']};" in output
+    more = ["train", "musenet", "--out", str(out), "--resume", "--steps", str(about["step"] + 1)]
+    resumed = CliRunner().invoke(application(), more)
+    assert resumed.exit_code == 0, resumed.output
+    assert checkpoint.load(out / "checkpoint.safetensors", KIND)[1]["step"] == about["step"] + 1
