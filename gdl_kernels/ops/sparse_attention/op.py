@@ -16,7 +16,7 @@ from . import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-#: The largest head that the kernels tile.
+#: The largest head that the Triton kernels tile; the C++ kernels take any.
 MAX_HEAD_DIM = 256
 
 
