@@ -120,7 +120,7 @@ def _unordered(layout: Layout, grid: Grid, head: int) -> Iterator[Stripe]:
         return
     size, lists = grid.block_size, layout.rows
     table = torch.cat([layout.mask_table, _full_mask(grid)])  # -1 is a full block
-    place = torch.argsort(order)
+    place = layout.places[head if len(layout.order) > 1 else 0].long()
     lines = lists.starts[head * grid.q_blocks : (head + 1) * grid.q_blocks + 1].long()
     starts, counts = lines[:-1][place // size], lines.diff()[place // size]  # of each position's line
     area = torch.zeros(grid.q_blocks, dtype=torch.int64, device=grid.device)

@@ -243,10 +243,12 @@ def no_masks(grid: Grid) -> Tensor:
 
 def _lists(heads: int, counts: Tensor, blocks: Tensor, masks: Tensor) -> BlockLists:
     """Lists of sorted blocks, from the counts ``(heads * lines, 2)`` of full and of partial ones in each line."""
-    ends = counts.sum(1).cumsum(0)
+    lengths = counts.sum(1)
+    longest_first = torch.argsort(lengths, descending=True, stable=True)
+    ends = lengths.cumsum(0)
     starts = torch.cat([ends.new_zeros(1), ends])
     splits = (starts[:-1] + counts[:, 0]).view(heads, -1)
-    return BlockLists(starts.to(torch.int32), splits.to(torch.int32), blocks, masks)
+    return BlockLists(starts.to(torch.int32), splits.to(torch.int32), blocks, masks, longest_first.to(torch.int32))
 
 
 def _transposed(grid: Grid, rows: BlockLists) -> BlockLists:

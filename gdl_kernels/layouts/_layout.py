@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +27,17 @@ class BlockLists:
         splits: int32 ``(heads, lines)``, positions in ``blocks``.
         blocks: int32 ``(kept,)``, block columns in a list of rows, block rows in a list of columns.
         masks: int32 ``(kept,)``, a partial block's index into ``Layout.mask_table``; -1 for a full block.
+        longest_first: int32 ``(heads * lines,)``, the lines ``h * lines + l`` by the lengths of their lists, descending.
     """
 
     starts: Tensor
     splits: Tensor
     blocks: Tensor
     masks: Tensor
+    longest_first: Tensor
 
     def to(self, device: torch.device | str) -> BlockLists:
-        return BlockLists(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return BlockLists(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -58,6 +60,7 @@ class Layout:
             Rows past ``n_q`` do not exist: their bits mean nothing, and a kernel never reads them.
         order: int32 ``(heads, n)`` or ``(1, n)``: blocks are blocks of *places*, and place ``p`` of head ``h`` holds
             query and key ``order[h, p]``. Empty, ``(0, 0)``, when places are positions.
+        places: int32, the inverse: position ``i`` of head ``h`` is at place ``places[h, i]``. Empty where ``order`` is.
     """
 
     n_q: int
@@ -69,6 +72,12 @@ class Layout:
     columns: BlockLists
     mask_table: Tensor
     order: Tensor
+    places: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        n = torch.arange(self.order.shape[1], dtype=torch.int32, device=self.order.device)
+        places = torch.empty_like(self.order).scatter_(1, self.order.long(), n.expand_as(self.order))
+        object.__setattr__(self, "places", places)
 
     @property
     def q_blocks(self) -> int:
@@ -130,7 +139,7 @@ class Layout:
         return intersection(self, other) if isinstance(other, Layout) else NotImplemented
 
     def __getstate__(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # without the mask kept by dense_mask
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # without the mask kept by dense_mask
 
     def to(self, device: torch.device | str) -> Layout:
         """The layout on a device; itself if it is there already."""
@@ -160,10 +169,14 @@ class Layout:
         """What the kernels read, in the order in which every launcher unpacks it."""
         rows, columns = self.rows, self.columns
         return [
-            rows.starts, rows.splits, rows.blocks, rows.masks,
-            columns.starts, columns.splits, columns.blocks, columns.masks,
-            self.mask_table, self.order,
+            rows.starts, rows.splits, rows.blocks, rows.masks, rows.longest_first,
+            columns.starts, columns.splits, columns.blocks, columns.masks, columns.longest_first,
+            self.mask_table, self.order, self.places,
         ]  # fmt: skip
+
+    def sizes(self) -> list[int]:
+        """What the kernels are told besides: ``n_q``, ``n_k``, ``block_size``, and 1 where the layout is causal."""
+        return [self.n_q, self.n_k, self.block_size, int(self.causal)]
 
     def to_mask(self) -> Tensor:
         """The layout as bool ``(heads, n_q, n_k)``, or ``(n_q, n_k)`` where all heads share one. Dense memory."""
@@ -186,6 +199,6 @@ class Layout:
         mask = tiles.transpose(2, 3).reshape(self.heads, self.q_blocks * size, self.k_blocks * size)
         mask = mask[:, : self.n_q, : self.n_k]
         if self.order.numel():
-            place = torch.argsort(self.order, dim=1).expand(self.heads, -1)
+            place = self.places.long().expand(self.heads, -1)
             mask = torch.stack([m[p][:, p] for m, p in zip(mask, place)])
         return mask.contiguous()

@@ -8,20 +8,21 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from ..._philox import draw_seed
 from ...layouts import Layout
-from . import op, reference
+from . import op
 
 
 @overload
 def sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = ...,
-    key_padding_mask: Tensor | None = ..., query_start: int = ..., return_lse: Literal[False] = ...,
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = ..., dropout_p: float = ...,
+    key_padding_mask: Tensor | None = ..., query_start: int | Tensor = ..., return_lse: Literal[False] = ...,
     backend: str | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def sparse_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = ...,
-    key_padding_mask: Tensor | None = ..., query_start: int = ..., return_lse: Literal[True],
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, *, scale: float | None = ..., dropout_p: float = ...,
+    key_padding_mask: Tensor | None = ..., query_start: int | Tensor = ..., return_lse: Literal[True],
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def sparse_attention(
@@ -31,8 +32,9 @@ def sparse_attention(
     layout: Layout,
     *,
     scale: float | None = None,
+    dropout_p: float = 0.0,
     key_padding_mask: Tensor | None = None,
-    query_start: int = 0,
+    query_start: int | Tensor = 0,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -49,16 +51,23 @@ def sparse_attention(
         layout: rows ``query_start`` to ``query_start + Nq - 1`` are used. ``layout.n_k`` is ``Nk``; a causal layout may
             be longer, so that one layout serves a growing cache.
         scale: default ``1 / sqrt(D)``.
+        dropout_p: each weight ``p[i, j]`` is dropped with this probability, and the others are divided by
+            ``1 - dropout_p``; ``lse`` is that of all. Drawn at every call, in evaluation too. What is dropped hangs on a
+            seed from torch's generator of the CPU and on the positions of the pair: after one ``torch.manual_seed``
+            all backends drop the same, on every device.
         key_padding_mask: bool ``(B, Nk)``, True for keys that no query may see.
-        query_start: position of the first query; decoding with a cache has ``Nq = 1`` and ``query_start = Nk - 1``.
+        query_start: position of the first query; decoding with a cache has ``Nq = 1`` and ``query_start = Nk - 1``. Or
+            an integer tensor of one element on the device of ``query``, which is read there: so a CUDA graph can
+            decode into a cache of fixed length. Keys of a causal layout past the last query are not read. On a GPU its
+            value can't be checked beforehand: queries past the end of the layout keep nothing.
         return_lse: also return ``lse``, the logarithm of each row's softmax denominator.
         backend: overrides the backend of this call.
 
     Returns:
         ``(B, H, Nq, Dv)`` in the dtype of ``query``, and with ``return_lse`` also ``(B, H, Nq)`` in the dtype that sums
         are kept in: float32, for float64 float64. A row that keeps nothing gives 0, zero gradients and ``lse = -inf``.
-        Differentiable without limit in ``query``, ``key`` and ``value``, through ``lse`` too. Beyond the first
-        derivative the compiled backends use the reference, in O(Nq * Nk) memory.
+        Differentiable without limit in ``query``, ``key`` and ``value``, through ``lse`` too. From the third derivative
+        on the compiled backends use the reference, in O(Nq * Nk) memory.
 
     Raises:
         ValueError: if shapes, head counts, lengths or devices do not fit each other or the layout.
@@ -71,7 +80,7 @@ def sparse_attention(
     device = query.device
     if torch.is_autocast_enabled(device.type):
         query, key, value = (_autocast(tensor) for tensor in (query, key, value))
-    _check(query, key, value, layout, key_padding_mask, query_start)
+    _check(query, key, value, layout, dropout_p, key_padding_mask, query_start)
     if scale is None:
         scale = query.shape[-1] ** -0.5
     elif not isinstance(scale, (int, float)):
@@ -79,17 +88,17 @@ def sparse_attention(
     elif not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
     chosen = op.choices.pick(
-        device, backend, query, key, value, layout,
-        scale=scale, key_padding_mask=key_padding_mask, query_start=query_start, return_lse=return_lse,
+        device, backend, query, key, value, layout, scale=scale, dropout_p=dropout_p,
+        key_padding_mask=key_padding_mask, query_start=query_start, return_lse=return_lse,
     )  # fmt: skip
+    start, start_tensor = (0, query_start.view(())) if isinstance(query_start, Tensor) else (query_start, None)
+    seed = draw_seed(device) if dropout_p > 0 else None
+    call = (query, key, value, key_padding_mask)
+    rest = (layout.sizes(), scale, start, start_tensor, dropout_p, seed)
     if chosen == "reference":
-        mask = layout.dense_mask()[:, query_start : query_start + query.shape[2], : key.shape[2]]
-        out, lse = reference.sparse_attention(query, key, value, mask, scale, key_padding_mask, return_lse)
+        out, lse = op.by_reference(*call, layout, *rest, return_lse=return_lse)
     else:
-        out, lse = op.forward(
-            query, key, value, key_padding_mask, layout.tensors(),
-            [layout.n_q, layout.n_k, layout.block_size], scale, query_start, chosen,
-        )  # fmt: skip
+        out, lse = op.forward(*call, layout.tensors(), *rest, chosen)
     return (out, lse) if return_lse else out  # type: ignore[return-value]
 
 
@@ -101,8 +110,9 @@ def _autocast(tensor: Tensor) -> Tensor:
 
 
 def _check(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, key_padding_mask: Tensor | None, query_start: int
-) -> None:
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, dropout_p: float, key_padding_mask: Tensor | None,
+    query_start: int | Tensor,
+) -> None:  # fmt: skip
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be (batch, heads, positions, features), got shape {tuple(tensor.shape)}")
@@ -114,8 +124,19 @@ def _check(
             raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
     if not isinstance(layout, Layout):
         raise TypeError(f"layout must be a gdl_kernels.layouts.Layout, got {type(layout).__name__}")
-    if not isinstance(query_start, (int, torch.SymInt)):
-        raise TypeError(f"query_start must be an integer, got {type(query_start).__name__}")
+    if not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be from 0 up to, not including, 1, got {dropout_p}")
+    if isinstance(query_start, Tensor):
+        if query_start.is_floating_point() or query_start.is_complex() or query_start.dtype == torch.bool:
+            raise TypeError(f"query_start must be of an integer dtype, got {query_start.dtype}")
+        if query_start.numel() != 1:
+            raise ValueError(f"query_start must have one element, got shape {tuple(query_start.shape)}")
+        if query_start.device != query.device:
+            raise ValueError(f"query_start must be on the device of query, {query.device}, got {query_start.device}")
+    elif not isinstance(query_start, (int, torch.SymInt)):
+        raise TypeError(f"query_start must be an integer or a tensor of one, got {type(query_start).__name__}")
     if key_padding_mask is not None and not isinstance(key_padding_mask, Tensor):
         raise TypeError(f"key_padding_mask must be a tensor, got {type(key_padding_mask).__name__}")
     batch, heads, n_q, head_dim = query.shape
@@ -137,19 +158,10 @@ def _check(
         raise ValueError(f"layout must have 1 head or as many as query, {heads}, got {layout.heads}")
     if layout.device != query.device:
         raise ValueError(f"layout must be on the device of query, {query.device}, got {layout.device}: layout.to(...)")
-    if query_start < 0 or query_start + n_q > layout.n_q:
-        raise ValueError(
-            f"layout has queries 0 to {layout.n_q - 1}, but query_start={query_start} with {n_q} queries asks for "
-            f"{query_start} to {query_start + n_q - 1}"
-        )
-    if n_k != layout.n_k:
-        if not layout.causal:
-            raise ValueError(f"layout is for {layout.n_k} keys, got {n_k}")
-        if not query_start + n_q <= n_k <= layout.n_k:
-            raise ValueError(
-                f"a causal layout of {layout.n_k} keys, asked for queries up to {query_start + n_q - 1}, needs between "
-                f"{query_start + n_q} and {layout.n_k} keys, got {n_k}"
-            )
+    if n_k > layout.n_k or n_k < layout.n_k and not layout.causal:
+        raise ValueError(f"layout is for {layout.n_k} keys, got {n_k}")
+    if not isinstance(query_start, Tensor):
+        op.check_start(query_start, n_q, n_k, layout.sizes())
     if key_padding_mask is not None:
         if key_padding_mask.dtype != torch.bool:
             raise TypeError(f"key_padding_mask must be bool, True for keys to leave out, got {key_padding_mask.dtype}")

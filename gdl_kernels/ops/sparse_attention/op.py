@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,23 @@ from ...layouts import BlockLists, Layout, from_mask
 from . import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_start(start: int, n_q: int, n_k: int, sizes: list[int]) -> None:
+    """Refuse queries that a layout doesn't have, or that look at keys which are not there yet."""
+    layout_n_q, layout_n_k, _, causal = sizes
+    end = start + n_q
+    if start < 0 or end > layout_n_q:
+        raise ValueError(
+            f"layout has queries 0 to {layout_n_q - 1}, but query_start={start} with {n_q} queries asks for "
+            f"{start} to {end - 1}"
+        )
+    if causal and n_k < layout_n_k and n_k < end:
+        raise ValueError(
+            f"a causal layout of {layout_n_k} keys, asked for queries up to {end - 1}, needs between {end} and "
+            f"{layout_n_k} keys, got {n_k}"
+        )
+
 
 #: The largest head that the Triton kernels tile; the C++ kernels take any.
 MAX_HEAD_DIM = 256
@@ -75,6 +92,14 @@ def _gradients(
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
+def _second_gradients(
+    _query: Tensor, _key: Tensor, _value: Tensor, grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor,
+    value: Tensor, out: Tensor, lse: Tensor, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of ``grad_out``, ``grad_lse``, ``query``, ``key`` and ``value``."""
+    return torch.empty_like(out), torch.empty_like(lse), *_gradients(grad_out, grad_lse, query, key, value)
+
+
 def _launcher(backend: str, name: str) -> Any:
     """Calls ``<backend>.<name>`` beside this file, which is imported at the first call."""
 
@@ -85,72 +110,129 @@ def _launcher(backend: str, name: str) -> Any:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, key_padding_mask, layout, *rest = inputs
-    ctx.save_for_backward(query, key, value, *output, key_padding_mask, *layout)
-    ctx.rest = rest
+    query, key, value, *call = inputs
+    _keep(ctx, (query, key, value, *output), call)
     ctx.set_materialize_grads(False)
 
 
 def _gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    query, key, value, out, lse, key_padding_mask, *layout = ctx.saved_tensors
+    (query, key, value, out, lse), call = _kept(ctx, 5)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grads = backward(grad_out, grad_lse, query, key, value, out, lse, key_padding_mask, layout, *ctx.rest)
-    return *grads, None, [None] * len(layout), None, None, None, None
+    return *backward(grad_out, grad_lse, query, key, value, out, lse, *call), *_no_gradients(call)
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad_out, grad_lse, query, key, value, _out, _lse, key_padding_mask, layout, sizes, scale, query_start, _ = inputs
-    ctx.save_for_backward(grad_out, grad_lse, query, key, value, key_padding_mask, *layout)
-    ctx.rest = sizes, scale, query_start
+    _keep(ctx, inputs[:7], inputs[7:])
 
 
 def _gradient_of_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    """Differentiate the reference twice. It recomputes ``out`` and ``lse``, so they get no gradient of their own.
+    """``out`` and ``lse`` are functions of the other inputs: what they would pass on is in the gradients of those."""
+    (grad_out, grad_lse, *rest), call = _kept(ctx, 7)
+    grad_grad_out, grad_grad_lse, *second = double_backward(*grads, grad_out, grad_lse, *rest, *call)
+    return grad_grad_out, None if grad_lse is None else grad_grad_lse, *second, None, None, *_no_gradients(call)
 
-    Where a graph is asked for, the reference's own graph goes on, to any order.
-    """
-    _backends.warn_once("sparse_attention", "takes second derivatives from the reference, in O(Nq * Nk) memory")
-    grad_out, grad_lse, query, key, value, key_padding_mask, *tensors = ctx.saved_tensors
-    sizes, scale, query_start = ctx.rest
-    mask = layout_of(tensors, sizes).dense_mask()[:, query_start : query_start + query.shape[2], : key.shape[2]]
+
+def _save_double_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _keep(ctx, inputs[:8], inputs[10:])  # not out and lse, which the reference computes anew
+
+
+def _gradient_of_double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    """Differentiate the reference three times. Where a graph is asked for, its own goes on, to any order."""
+    _backends.warn_once("sparse_attention", "takes third derivatives from the reference, in O(Nq * Nk) memory")
+    tensors, call = _kept(ctx, 8)
     higher = torch.is_grad_enabled()
-
-    def own(tensor: Tensor) -> Tensor:
-        """The tensor as an object of its own, with a partial derivative of its own, still in the caller's graph."""
-        return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
-
     with torch.enable_grad():
-        q, k, v = inputs = [own(t) for t in (query, key, value)]
-        out, lse = reference.sparse_attention(q, k, v, mask, scale, key_padding_mask, grad_lse is not None)
-        outputs, cotangents = [out], [own(grad_out)]
-        if lse is not None and grad_lse is not None:
-            outputs.append(lse)
-            cotangents.append(own(grad_lse))
-        first = torch.autograd.grad(outputs, inputs, cotangents, create_graph=True)
-        wanted = [*cotangents, *inputs]
-        partials = torch.autograd.grad(first, wanted, grads, allow_unused=True, create_graph=higher)
-        second: list[Tensor | None] = list(partials)
-    if grad_lse is None:
-        second.insert(1, None)
-    return *second, None, None, None, [None] * len(tensors), None, None, None, None
+        # Each an object of its own, with a partial derivative of its own, still in the caller's graph.
+        own = [
+            t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors
+        ]
+        *cotangents, grad_out, grad_lse, query, key, value = own
+        inputs = [query, key, value]
+        out, lse = by_reference(*inputs, *call[:-1], return_lse=grad_lse is not None)
+        outputs = [out] if grad_lse is None else [out, lse]
+        given = [grad_out] if grad_lse is None else [grad_out, grad_lse]
+        first = torch.autograd.grad(outputs, inputs, given, create_graph=True)
+        second = torch.autograd.grad(first, [*given, *inputs], cotangents, create_graph=True)
+        if grad_lse is None:
+            grads = (grads[0], *grads[2:])
+        wanted = [t for t in own if t is not None]
+        third = iter(torch.autograd.grad(second, wanted, grads, allow_unused=True, create_graph=higher))
+    return *(None if t is None else next(third) for t in own), None, None, *_no_gradients(call)
+
+
+def _keep(ctx: Any, tensors: Sequence[Tensor | None], call: Sequence[Any]) -> None:
+    padding, layout, sizes, scale, query_start, start_tensor, dropout_p, seed, backend = call
+    ctx.save_for_backward(*tensors, padding, start_tensor, seed, *layout)
+    ctx.call = sizes, scale, query_start, dropout_p, backend
+
+
+def _kept(ctx: Any, count: int) -> tuple[list[Tensor], list[Any]]:
+    """The tensors of a call, and what an op takes after them."""
+    tensors, (padding, start_tensor, seed, *layout) = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    sizes, scale, query_start, dropout_p, backend = ctx.call
+    return list(tensors), [padding, layout, sizes, scale, query_start, start_tensor, dropout_p, seed, backend]
+
+
+def _no_gradients(call: Sequence[Any]) -> list[Any]:
+    return [None, [None] * len(call[1]), *[None] * (len(call) - 2)]
+
+
+def by_reference(
+    query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, layout: Layout | list[Tensor],
+    sizes: list[int], scale: float, query_start: int, start_tensor: Tensor | None, dropout_p: float,
+    seed: Tensor | None, *, return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """What an op is given, computed by the reference."""
+    if not isinstance(layout, Layout):
+        layout = layout_of(layout, sizes)
+    batch, heads, n_q, _ = query.shape
+    n_k = key.shape[2]
+    mask, dropout = layout.dense_mask()[:, :, :n_k], None
+    if start_tensor is None:
+        mask = mask[:, query_start : query_start + n_q]
+    if start_tensor is not None or seed is not None:
+        positions = torch.arange(n_q, device=query.device) + query_start
+        if start_tensor is not None:
+            positions = positions + start_tensor
+            mask = mask[:, positions]
+        if seed is not None:
+            dropout = reference.dropout_multiplier(seed, dropout_p, batch, heads, positions, n_k)
+    return reference.sparse_attention(query, key, value, mask, scale, key_padding_mask, dropout, return_lse)
 
 
 def layout_of(tensors: list[Tensor], sizes: list[int]) -> Layout:
-    """The layout whose tensors and ``[n_q, n_k, block_size]`` an op was given."""
-    n_q, n_k, block_size = sizes
-    rows, columns = BlockLists(*tensors[:4]), BlockLists(*tensors[4:8])
-    return Layout(n_q, n_k, block_size, rows.splits.shape[0], False, rows, columns, *tensors[8:])
+    """The layout whose tensors and sizes an op was given."""
+    n_q, n_k, block_size, causal = sizes
+    rows, columns, (table, order, _places) = BlockLists(*tensors[:5]), BlockLists(*tensors[5:10]), tensors[10:]
+    return Layout(n_q, n_k, block_size, rows.splits.shape[0], bool(causal), rows, columns, table, order)
 
 
-_CALL = "Tensor? key_padding_mask, Tensor[] layout, int[] sizes, float scale, int query_start, str backend"
+# layout: Layout.tensors(). sizes: Layout.sizes(). The first query is at query_start, plus start_tensor where that is
+# given, an integer () on the device. seed is given, int64 () on the device, where dropout_p is not 0.
+_CALL = (
+    "Tensor? key_padding_mask, Tensor[] layout, SymInt[] sizes, float scale, SymInt query_start, Tensor? start_tensor, "
+    "float dropout_p, Tensor? seed, str backend"
+)
+_KERNELS = ("cpu", "triton")
+
+double_backward = register(
+    "sparse_attention_double_backward",
+    "(Tensor grad_grad_query, Tensor grad_grad_key, Tensor grad_grad_value, Tensor grad_out, Tensor? grad_lse, "
+    f"Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, {_CALL}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    outputs=_second_gradients,
+    kernels={name: _launcher(name, "double_backward") for name in _KERNELS},
+    save=_save_double_backward,
+    gradient=_gradient_of_double_backward,
+)
 
 backward = register(
     "sparse_attention_backward",
     "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
     f"{_CALL}) -> (Tensor, Tensor, Tensor)",
     outputs=_gradients,
-    kernels={name: _launcher(name, "backward") for name in ("cpu", "triton")},
+    kernels={name: _launcher(name, "backward") for name in _KERNELS},
     save=_save_backward,
     gradient=_gradient_of_backward,
 )
@@ -159,7 +241,7 @@ forward = register(
     "sparse_attention",
     f"(Tensor query, Tensor key, Tensor value, {_CALL}) -> (Tensor, Tensor)",
     outputs=_outputs,
-    kernels={name: _launcher(name, "forward") for name in ("cpu", "triton")},
+    kernels={name: _launcher(name, "forward") for name in _KERNELS},
     save=_save,
     gradient=_gradient,
 )
