@@ -69,16 +69,16 @@ struct RowTile {
 std::vector<RowTile> row_tiles(const Attention& call, const Geometry& geometry) {
   std::vector<RowTile> tiles;
   const std::int64_t heads = std::max(call.layout_heads, call.order_heads);
+  const std::int64_t tiles_of_head = geometry.q_blocks * geometry.tiles_per_block;
+  std::vector<char> used(tiles_of_head);
   for (std::int64_t head = 0; head < heads; ++head) {
-    const auto [first, last] = query_blocks(call, geometry);
     const auto begin = tiles.size();
-    for (std::int64_t block = first; block < last; ++block)
-      for (int t = 0; t < geometry.tiles_per_block; ++t) {
-        const std::int64_t place = block * call.block_size + t * geometry.tile;
-        bool any = false;
-        for (int i = 0; i < geometry.tile && !any; ++i) any = query_at(call, head, place + i) >= 0;
-        if (any) tiles.push_back({head, block, t * geometry.tile});
-      }
+    std::fill(used.begin(), used.end(), 0);
+    for (std::int64_t q = 0; q < call.n_q; ++q) used[place_of(call, head, call.query_start + q) / geometry.tile] = 1;
+    for (std::int64_t i = 0; i < tiles_of_head; ++i)
+      if (used[i])
+        tiles.push_back({head, i / geometry.tiles_per_block,
+                         static_cast<int>(i % geometry.tiles_per_block) * geometry.tile});
     const std::int64_t line = (call.layout_heads == 1 ? 0 : head) * geometry.q_blocks;
     std::stable_sort(tiles.begin() + static_cast<std::ptrdiff_t>(begin), tiles.end(),
                      [&](const RowTile& a, const RowTile& b) {
@@ -224,7 +224,7 @@ void softmax_step(T* scores, int rows, int columns, T* maxima, T* sums, T* out, 
 
 template <typename T, typename X>
 struct Scratch {
-  Buffer<T> rows, scores, out;
+  Buffer<T> rows, scores, kept, out;
   Buffer<X> query, weights;  // of packed operands
   T maxima[kMaxTile], sums[kMaxTile];
 };
@@ -250,6 +250,7 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
   const auto scratch = [&] {
     return Scratch<T, X>{make_buffer<T>(tile * head_dim),
                          make_buffer<T>(tile * kScoresStride),
+                         make_buffer<T>(call.dropout_p > 0 ? tile * tile : 0),
                          make_buffer<T>(tile * value_dim),
                          make_buffer<X>(packed ? tile * panels.depth : 0),
                          make_buffer<X>(packed ? tile * kScoresStride / 2 : 0),
@@ -261,7 +262,7 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
     const RowTile& t = tiles[in_batch % static_cast<std::int64_t>(tiles.size())];
     const std::int64_t head = own ? t.layout_head : in_batch / static_cast<std::int64_t>(tiles.size());
 
-    std::int64_t queries[kMaxTile];
+    std::int64_t queries[kMaxTile], query_positions[kMaxTile];
     int bit_rows[kMaxTile], rows = 0;
     for (int i = 0; i < tile; ++i) {
       const std::int64_t q = query_at(call, head, t.block * call.block_size + t.first + i);
@@ -270,7 +271,7 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
       load_features<E>(query, batch, head, q, call.head_dim, to, head_dim);
       if (!packed)
         for (int v = 0; v < head_dim; v += kWidth<T>) store<T>(to + v, load(to + v) * scale);
-      queries[rows] = q;
+      queries[rows] = q, query_positions[rows] = call.query_start + q;
       bit_rows[rows++] = t.first + i;
     }
     const X *left, *weights;
@@ -316,6 +317,15 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
         }
       }
       softmax_step(s.scores.get(), rows, count * tile, s.maxima, s.sums, s.out.get(), value_dim);
+      if (call.dropout_p > 0)
+        for (int k = 0; k < count; ++k) {
+          const std::int64_t block = call.rows.blocks[(begin + k) / geometry.tiles_per_block];
+          const std::int64_t place = block * call.block_size + (begin + k) % geometry.tiles_per_block * tile;
+          std::int64_t positions[kMaxTile];
+          for (int j = 0; j < tile; ++j) positions[j] = key_at(call, head, place + j);
+          dropout_multipliers(call, batch, head, query_positions, rows, positions, tile, T(1), s.kept.get(), tile);
+          multiply(s.scores.get() + k * tile, kScoresStride, s.kept.get(), tile, rows, tile);
+        }
       if constexpr (packed)
         pack_left(s.scores.get(), kScoresStride, s.weights.get(), kScoresStride / 2, rows, count * tile);
       for (int k = 0; k < count; ++k)
@@ -326,7 +336,7 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
     for (int i = 0; i < rows; ++i) {
       T* row = s.out.get() + i * value_dim;
       const bool empty = s.sums[i] == T(0);
-      const T inverse = empty ? T(0) : T(1) / s.sums[i];
+      const T inverse = empty ? T(0) : T(1) / (s.sums[i] * static_cast<T>(1 - call.dropout_p));
       for (int v = 0; v < value_dim; v += kWidth<T>) store<T>(row + v, load(row + v) * inverse);
       store_features<E>(row, out, batch, head, queries[i], call.value_dim);
       lse[(batch * call.heads + head) * call.n_q + queries[i]] =

@@ -80,10 +80,12 @@ struct KeyTile {
         grad_keys(make_buffer<T>(tile * head_dim)),
         grad_values(make_buffer<T>(tile * value_dim)),
         scores(make_buffer<T>(tile * tile)),
-        grad_scores(make_buffer<T>(tile * tile)) {}
+        grad_scores(make_buffer<T>(tile * tile)),
+        kept(make_buffer<T>(call.dropout_p > 0 ? tile * tile : 0)) {}
 
-  Buffer<T> keys, values, keys_transposed, values_transposed, grad_keys, grad_values, scores, grad_scores;
+  Buffer<T> keys, values, keys_transposed, values_transposed, grad_keys, grad_values, scores, grad_scores, kept;
   T bias[kMaxTile];
+  std::int64_t positions[kMaxTile];  // -1 where there is no key
 };
 
 template <typename E>
@@ -115,7 +117,7 @@ void backward(const Attention& call, const Strided& grad_out, const void* grad_l
         const std::int64_t first = block * call.block_size + part * tile;
         // Orders that differ come with key heads of their own, so any head of the group has the keys' order.
         for (int j = 0; j < tile; ++j) {
-          std::int64_t position = key_at(call, first_head, first + j);
+          std::int64_t position = s.positions[j] = key_at(call, first_head, first + j);
           if (left_out(call, batch, position)) position = -1;
           load_features<E>(key, batch, kv_head, position, call.head_dim, s.keys.get() + j * head_dim, head_dim);
           load_features<E>(value, batch, kv_head, position, call.value_dim, s.values.get() + j * value_dim, value_dim);
@@ -152,12 +154,22 @@ void backward(const Attention& call, const Strided& grad_out, const void* grad_l
               if (biased) add_bias(p, tile, tile, tile, s.bias);
               gemm<false>(tile, tile, static_cast<int>(call.value_dim), grads, value_dim, 1, s.values_transposed.get(),
                           tile, ds, tile);
+              if (call.dropout_p > 0) {
+                std::int64_t positions[kMaxTile];
+                for (int i = 0; i < tile; ++i)
+                  positions[i] = std::max<std::int64_t>(
+                      0, position_of(call, head, row_block * call.block_size + t * tile + i, call.layout_n_q));
+                dropout_multipliers(call, batch, head, positions, tile, s.positions, tile,
+                                    static_cast<T>(1 / (1 - call.dropout_p)), s.kept.get(), tile);
+                multiply(ds, tile, s.kept.get(), tile, tile, tile);
+              }
               for (int i = 0; i < tile; ++i)
                 for (int v = i * tile; v < (i + 1) * tile; v += kWidth<T>) {
                   const Vec<T> probability = exp2<T>(load(p + v) - rows.lse[row + i]);
                   store<T>(p + v, probability);
                   store<T>(ds + v, probability * (load(ds + v) - rows.delta[row + i]));
                 }
+              if (call.dropout_p > 0) multiply(p, tile, s.kept.get(), tile, tile, tile);
               gemm<true>(tile, value_dim, tile, p, 1, tile, grads, value_dim, s.grad_values.get(), value_dim);
               gemm<true>(tile, head_dim, tile, ds, 1, tile, queries, head_dim, s.grad_keys.get(), head_dim);
               gemm<true>(tile, head_dim, tile, ds, tile, 1, s.keys.get(), head_dim,

@@ -163,7 +163,7 @@ def test_lse_of_other_strides() -> None:
     """Saved tensors may come back with other strides, as from a hook that moves them away and back."""
     tensors, kwargs = inputs(Case("any", lambda: scattered(60, 60, 32)), torch.float32)
     layout = kwargs["layout"]
-    rest = (None, layout.tensors(), [60, 60, 32], 0.25, 0, "cpu")
+    rest = (None, layout.tensors(), layout.sizes(), 0.25, 0, None, 0.0, None, "cpu")
     out, lse = op.forward(*tensors, *rest)
     strided = torch.stack([lse, lse], -1)[..., 0]
     for ours, theirs in zip(*(op.backward(out, None, *tensors, out, saved, *rest) for saved in (strided, lse))):
@@ -269,7 +269,8 @@ def test_gradients_of_expanded_tensors(kernel: Kernel) -> None:
     backend, device = kernel
     query = torch.randn(2, 40, 2, 16, device=device).transpose(1, 2)
     key, value = (torch.randn(1, 2, 40, 16, device=device).expand(2, -1, -1, -1) for _ in range(2))
-    rest = (None, scattered(40, 40, 16).to(device).tensors(), [40, 40, 16], 0.25, 0, backend)
+    layout = scattered(40, 40, 16).to(device)
+    rest = (None, layout.tensors(), layout.sizes(), 0.25, 0, None, 0.0, None, backend)
     out, lse = op.forward(query, key, value, *rest)
     grad_out = torch.ones(1, 1, 1, 16, device=device).expand_as(out)
     gradients = op.backward(grad_out, None, query, key, value, out, lse, *rest)
@@ -321,7 +322,7 @@ def test_one_query_at_a_time_is_the_whole() -> None:
 def test_opcheck() -> None:
     layout = scattered(40, 40, 16)
     tensors = [torch.randn(1, 2, 40, 8, requires_grad=True) for _ in range(3)]
-    rest = (None, layout.tensors(), [40, 40, 16], 0.3, 0, "cpu")
+    rest = (None, layout.tensors(), layout.sizes(), 0.3, 0, torch.tensor(0), 0.25, torch.tensor(5), "cpu")
     torch.library.opcheck(op.forward, (*tensors, *rest))
     out, lse = op.forward(*(t.detach() for t in tensors), *rest)
     grads = torch.randn_like(out).requires_grad_(), torch.randn_like(lse).requires_grad_()
@@ -413,12 +414,19 @@ def test_the_good_call_is_good() -> None:
         ({"value": torch.randn(2, 2, 63, 16)}, ValueError, r"value must have the heads and positions of key"),
         ({"key": torch.randn(2, 2, 64, 8)}, ValueError, "key must have the features of query, 16, got 8"),
         ({"layout": torch.ones(64, 64)}, TypeError, "layout must be a gdl_kernels.layouts.Layout, got Tensor"),
-        ({"layout": layouts.causal(60)}, ValueError, "layout has queries 0 to 59"),
+        ({"layout": layouts.causal(60)}, ValueError, "layout is for 60 keys, got 64"),
         ({"layout": layouts.full(64, 70)}, ValueError, "layout is for 70 keys, got 64"),
         ({"layout": scattered(64, 64, 32, heads=3)}, ValueError, "1 head or as many as query, 4, got 3"),
         ({"query_start": 1}, ValueError, "query_start=1 with 64 queries"),
         ({"query_start": -1}, ValueError, "query_start=-1"),
-        ({"query_start": 0.0}, TypeError, "query_start must be an integer, got float"),
+        ({"query_start": 0.0}, TypeError, "query_start must be an integer or a tensor of one, got float"),
+        ({"query_start": torch.tensor(0.0)}, TypeError, "query_start must be of an integer dtype, got torch.float32"),
+        ({"query_start": torch.tensor([0, 0])}, ValueError, r"query_start must have one element, got shape \(2,\)"),
+        ({"query_start": torch.tensor(0, device="meta")}, ValueError, "query_start must be on the device of query, cpu"),
+        ({"query_start": torch.tensor(1)}, ValueError, "query_start=1 with 64 queries"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p must be from 0 up to, not including, 1, got 1.0"),
+        ({"dropout_p": -0.1}, ValueError, "dropout_p must be .* got -0.1"),
+        ({"dropout_p": "0"}, TypeError, "dropout_p must be a number, got str"),
         ({"scale": torch.ones(())}, TypeError, "scale must be a number, got Tensor"),
         ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
         ({"key_padding_mask": [1]}, TypeError, "key_padding_mask must be a tensor, got list"),
