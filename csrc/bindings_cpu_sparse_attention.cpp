@@ -16,7 +16,8 @@ gdl::Strided strided(const Tensor& tensor) {
 }
 
 // (sizes, layout, padding, scale, dropout_p, seed, threads)
-using Call = std::tuple<std::array<std::int64_t, 13>, std::array<Address, 13>, Address, double, double, std::uint64_t, int>;
+using Call =
+    std::tuple<std::array<std::int64_t, 13>, std::array<Address, 13>, Address, double, double, std::uint64_t, int>;
 
 // sizes: batch, heads, kv_heads, n_q, n_k, head_dim, value_dim, layout_n_q, layout_n_k, layout_heads, block_size,
 // order_heads, query_start. layout: the addresses of Layout.tensors().
@@ -41,13 +42,12 @@ gdl::Attention attention(const Call& given) {
 }
 
 const gdl::Binding binding([](pybind11::module_& module) {
-  module.def("sparse_attention_forward",
-             [](const std::string& dtype, const Call& call, const Tensor& query, const Tensor& key, const Tensor& value,
-                const Tensor& out, Address lse) {
-               const pybind11::gil_scoped_release release;
-               gdl::sparse_attention_forward(dtype, attention(call), strided(query), strided(key), strided(value),
-                                             strided(out), gdl::pointer<void>(lse));
-             });
+  module.def("sparse_attention_forward", [](const std::string& dtype, const Call& call, const Tensor& query,
+                                            const Tensor& key, const Tensor& value, const Tensor& out, Address lse) {
+    const pybind11::gil_scoped_release release;
+    gdl::sparse_attention_forward(dtype, attention(call), strided(query), strided(key), strided(value), strided(out),
+                                  gdl::pointer<void>(lse));
+  });
   module.def("sparse_attention_backward",
              [](const std::string& dtype, const Call& call, const Tensor& grad_out, Address grad_lse,
                 const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out, Address lse,
@@ -57,6 +57,18 @@ const gdl::Binding binding([](pybind11::module_& module) {
                                               gdl::pointer<const void>(grad_lse), strided(query), strided(key),
                                               strided(value), strided(out), gdl::pointer<const void>(lse),
                                               strided(grad_query), strided(grad_key), strided(grad_value));
+             });
+  module.def("sparse_attention_double_backward",
+             [](const std::string& dtype, const Call& call, const Tensor& grad_grad_query, const Tensor& grad_grad_key,
+                const Tensor& grad_grad_value, const Tensor& grad_out, Address grad_lse, const Tensor& query,
+                const Tensor& key, const Tensor& value, const Tensor& out, Address lse, const Tensor& grad_grad_out,
+                Address grad_grad_lse, const Tensor& grad_query, const Tensor& grad_key, const Tensor& grad_value) {
+               const pybind11::gil_scoped_release release;
+               gdl::sparse_attention_double_backward(
+                   dtype, attention(call), strided(grad_grad_query), strided(grad_grad_key), strided(grad_grad_value),
+                   strided(grad_out), gdl::pointer<const void>(grad_lse), strided(query), strided(key), strided(value),
+                   strided(out), gdl::pointer<const void>(lse), strided(grad_grad_out),
+                   gdl::pointer<void>(grad_grad_lse), strided(grad_query), strided(grad_key), strided(grad_value));
              });
 });
 

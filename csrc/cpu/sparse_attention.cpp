@@ -77,8 +77,8 @@ std::vector<RowTile> row_tiles(const Attention& call, const Geometry& geometry) 
     for (std::int64_t q = 0; q < call.n_q; ++q) used[place_of(call, head, call.query_start + q) / geometry.tile] = 1;
     for (std::int64_t i = 0; i < tiles_of_head; ++i)
       if (used[i])
-        tiles.push_back({head, i / geometry.tiles_per_block,
-                         static_cast<int>(i % geometry.tiles_per_block) * geometry.tile});
+        tiles.push_back(
+            {head, i / geometry.tiles_per_block, static_cast<int>(i % geometry.tiles_per_block) * geometry.tile});
     const std::int64_t line = (call.layout_heads == 1 ? 0 : head) * geometry.q_blocks;
     std::stable_sort(tiles.begin() + static_cast<std::ptrdiff_t>(begin), tiles.end(),
                      [&](const RowTile& a, const RowTile& b) {

@@ -42,4 +42,12 @@ void sparse_attention_backward(const std::string& dtype, const Attention& call, 
                                const Strided& out, const void* lse, const Strided& grad_query, const Strided& grad_key,
                                const Strided& grad_value);
 
+// The gradients of a function of the backward pass's results, whose own gradients are given first.
+void sparse_attention_double_backward(const std::string& dtype, const Attention& call, const Strided& grad_grad_query,
+                                      const Strided& grad_grad_key, const Strided& grad_grad_value,
+                                      const Strided& grad_out, const void* grad_lse, const Strided& query,
+                                      const Strided& key, const Strided& value, const Strided& out, const void* lse,
+                                      const Strided& grad_grad_out, void* grad_grad_lse, const Strided& grad_query,
+                                      const Strided& grad_key, const Strided& grad_value);
+
 }  // namespace gdl

@@ -168,8 +168,9 @@ inline void mask_scores(T* scores, long ld, int rows, int columns, const std::in
 // What dropout multiplies a tile of weights by: 0, or `kept`. Rows and columns are the positions of queries and keys.
 // Lanes past the last key may have any position: their weights are 0.
 template <typename T>
-inline void dropout_multipliers(const Attention& call, std::int64_t batch, std::int64_t head, const std::int64_t* queries,
-                                int rows, const std::int64_t* keys, int columns, T kept, T* to, int ld) {
+inline void dropout_multipliers(const Attention& call, std::int64_t batch, std::int64_t head,
+                                const std::int64_t* queries, int rows, const std::int64_t* keys, int columns, T kept,
+                                T* to, int ld) {
   const auto threshold = static_cast<std::uint32_t>(call.dropout_p * 0x1p31);
   const auto line = static_cast<std::uint32_t>(batch * call.heads + head);
   std::uint32_t key[kMaxTile], words[4][kMaxTile];
