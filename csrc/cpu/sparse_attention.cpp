@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "sparse_attention_decode.h"
 #include "sparse_attention_softmax.h"
 #include "sparse_attention_tiles.h"
 
@@ -303,13 +302,8 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
 
 void sparse_attention_forward(const std::string& dtype, const Attention& call, const Strided& query, const Strided& key,
                               const Strided& value, const Strided& out, void* lse) {
-  dispatch(dtype, [&](auto type) {
-    using E = typename decltype(type)::type;
-    if (call.n_q <= kQueriesToDecode)
-      decode<E>(call, query, key, value, out, lse);
-    else
-      forward<E>(call, query, key, value, out, lse);
-  });
+  if (call.n_q <= kQueriesToDecode) return sparse_attention_decode(dtype, call, query, key, value, out, lse);
+  dispatch(dtype, [&](auto type) { forward<typename decltype(type)::type>(call, query, key, value, out, lse); });
 }
 
 }  // namespace gdl
