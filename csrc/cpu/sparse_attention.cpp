@@ -8,15 +8,12 @@
 #include <algorithm>
 #include <vector>
 
+#include "sparse_attention_decode.h"
+#include "sparse_attention_softmax.h"
 #include "sparse_attention_tiles.h"
 
 namespace gdl {
 namespace {
-
-// Keys whose scores are kept at once. 64 rows of them are 64 KB in float: with the panels they stay in a 1 MB L2.
-constexpr int kKeysAtOnce = 256;
-// A row more than a power of two apart, or the rows of a tile would share a few sets of the L1 cache.
-constexpr int kScoresStride = kKeysAtOnce + 16;
 
 // What the products of elements E are made of.
 template <typename E>
@@ -69,16 +66,16 @@ struct RowTile {
 std::vector<RowTile> row_tiles(const Attention& call, const Geometry& geometry) {
   std::vector<RowTile> tiles;
   const std::int64_t heads = std::max(call.layout_heads, call.order_heads);
+  const std::int64_t tiles_of_head = geometry.q_blocks * geometry.tiles_per_block;
+  std::vector<char> used(tiles_of_head);
   for (std::int64_t head = 0; head < heads; ++head) {
-    const auto [first, last] = query_blocks(call, geometry);
     const auto begin = tiles.size();
-    for (std::int64_t block = first; block < last; ++block)
-      for (int t = 0; t < geometry.tiles_per_block; ++t) {
-        const std::int64_t place = block * call.block_size + t * geometry.tile;
-        bool any = false;
-        for (int i = 0; i < geometry.tile && !any; ++i) any = query_at(call, head, place + i) >= 0;
-        if (any) tiles.push_back({head, block, t * geometry.tile});
-      }
+    std::fill(used.begin(), used.end(), 0);
+    for (std::int64_t q = 0; q < call.n_q; ++q) used[place_of(call, head, call.query_start + q) / geometry.tile] = 1;
+    for (std::int64_t i = 0; i < tiles_of_head; ++i)
+      if (used[i])
+        tiles.push_back(
+            {head, i / geometry.tiles_per_block, static_cast<int>(i % geometry.tiles_per_block) * geometry.tile});
     const std::int64_t line = (call.layout_heads == 1 ? 0 : head) * geometry.q_blocks;
     std::stable_sort(tiles.begin() + static_cast<std::ptrdiff_t>(begin), tiles.end(),
                      [&](const RowTile& a, const RowTile& b) {
@@ -179,52 +176,9 @@ inline void scale_scores(float* scores, int rows, int columns, float scale) {
     }
 }
 
-// One step of the online softmax: scores become exp2(score - maximum), and sums and outputs are brought to the new
-// maximum.
-template <typename T>
-void softmax_step(T* scores, int rows, int columns, T* maxima, T* sums, T* out, int value_dim) {
-  constexpr T nothing = -std::numeric_limits<T>::infinity();
-  T largest[kMaxTile];
-  for (int i = 0; i < rows; ++i) {
-    const T* row = scores + i * kScoresStride;
-    Vec<T> top = load(row);
-    for (int v = kWidth<T>; v < columns; v += kWidth<T>) top = maximum<T>(top, load(row + v));
-    largest[i] = reduce_maximum<T>(top);
-  }
-  for (int i = 0; i < rows; ++i) {
-    T* row = scores + i * kScoresStride;
-    T maximum = largest[i] > maxima[i] ? largest[i] : maxima[i];
-    if (maximum == nothing) {
-      // Nothing is kept so far, unless NaN hid from the comparisons: that has to reach the output.
-      bool nan = false;
-      for (int j = 0; j < columns; ++j) nan |= row[j] != row[j];
-      if (!nan) {
-        std::fill(row, row + columns, T(0));
-        continue;
-      }
-      maximum = 0;
-    }
-    const Vec<T> base = broadcast(maximum);
-    Vec<T> total = {};
-    for (int v = 0; v < columns; v += kWidth<T>) {
-      const Vec<T> p = exp2<T>(load(row + v) - base);
-      store<T>(row + v, p);
-      total += p;
-    }
-    if (maximum != maxima[i]) {
-      const T shrink = exp2<T>(broadcast<T>(maxima[i] - maximum))[0];
-      sums[i] *= shrink;
-      for (int v = 0; v < value_dim; v += kWidth<T>)
-        store<T>(out + i * value_dim + v, load(out + i * value_dim + v) * shrink);
-      maxima[i] = maximum;
-    }
-    sums[i] += reduce_sum<T>(total);
-  }
-}
-
 template <typename T, typename X>
 struct Scratch {
-  Buffer<T> rows, scores, out;
+  Buffer<T> rows, scores, kept, out;
   Buffer<X> query, weights;  // of packed operands
   T maxima[kMaxTile], sums[kMaxTile];
 };
@@ -250,6 +204,7 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
   const auto scratch = [&] {
     return Scratch<T, X>{make_buffer<T>(tile * head_dim),
                          make_buffer<T>(tile * kScoresStride),
+                         make_buffer<T>(call.dropout_p > 0 ? tile * tile : 0),
                          make_buffer<T>(tile * value_dim),
                          make_buffer<X>(packed ? tile * panels.depth : 0),
                          make_buffer<X>(packed ? tile * kScoresStride / 2 : 0),
@@ -261,7 +216,7 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
     const RowTile& t = tiles[in_batch % static_cast<std::int64_t>(tiles.size())];
     const std::int64_t head = own ? t.layout_head : in_batch / static_cast<std::int64_t>(tiles.size());
 
-    std::int64_t queries[kMaxTile];
+    std::int64_t queries[kMaxTile], query_positions[kMaxTile];
     int bit_rows[kMaxTile], rows = 0;
     for (int i = 0; i < tile; ++i) {
       const std::int64_t q = query_at(call, head, t.block * call.block_size + t.first + i);
@@ -270,7 +225,7 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
       load_features<E>(query, batch, head, q, call.head_dim, to, head_dim);
       if (!packed)
         for (int v = 0; v < head_dim; v += kWidth<T>) store<T>(to + v, load(to + v) * scale);
-      queries[rows] = q;
+      queries[rows] = q, query_positions[rows] = call.query_start + q;
       bit_rows[rows++] = t.first + i;
     }
     const X *left, *weights;
@@ -315,7 +270,16 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
           if (panels.biased[panel]) add_bias(scores, kScoresStride, rows, tile, panels.bias.get() + panel * tile);
         }
       }
-      softmax_step(s.scores.get(), rows, count * tile, s.maxima, s.sums, s.out.get(), value_dim);
+      softmax_step(s.scores.get(), kScoresStride, rows, count * tile, s.maxima, s.sums, s.out.get(), value_dim);
+      if (call.dropout_p > 0)
+        for (int k = 0; k < count; ++k) {
+          const std::int64_t block = call.rows.blocks[(begin + k) / geometry.tiles_per_block];
+          const std::int64_t place = block * call.block_size + (begin + k) % geometry.tiles_per_block * tile;
+          std::int64_t positions[kMaxTile];
+          for (int j = 0; j < tile; ++j) positions[j] = key_at(call, head, place + j);
+          dropout_multipliers(call, batch, head, query_positions, rows, positions, tile, T(1), s.kept.get(), tile);
+          multiply(s.scores.get() + k * tile, kScoresStride, s.kept.get(), tile, rows, tile);
+        }
       if constexpr (packed)
         pack_left(s.scores.get(), kScoresStride, s.weights.get(), kScoresStride / 2, rows, count * tile);
       for (int k = 0; k < count; ++k)
@@ -326,7 +290,7 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
     for (int i = 0; i < rows; ++i) {
       T* row = s.out.get() + i * value_dim;
       const bool empty = s.sums[i] == T(0);
-      const T inverse = empty ? T(0) : T(1) / s.sums[i];
+      const T inverse = empty ? T(0) : T(1) / (s.sums[i] * static_cast<T>(1 - call.dropout_p));
       for (int v = 0; v < value_dim; v += kWidth<T>) store<T>(row + v, load(row + v) * inverse);
       store_features<E>(row, out, batch, head, queries[i], call.value_dim);
       lse[(batch * call.heads + head) * call.n_q + queries[i]] =
@@ -339,7 +303,13 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
 
 void sparse_attention_forward(const std::string& dtype, const Attention& call, const Strided& query, const Strided& key,
                               const Strided& value, const Strided& out, void* lse) {
-  dispatch(dtype, [&](auto type) { forward<typename decltype(type)::type>(call, query, key, value, out, lse); });
+  dispatch(dtype, [&](auto type) {
+    using E = typename decltype(type)::type;
+    if (call.n_q <= kQueriesToDecode)
+      decode<E>(call, query, key, value, out, lse);
+    else
+      forward<E>(call, query, key, value, out, lse);
+  });
 }
 
 }  // namespace gdl

@@ -14,7 +14,7 @@ struct Strided {
 
 // gdl_kernels.layouts.BlockLists
 struct BlockLists {
-  const std::int32_t *starts, *splits, *blocks, *masks;
+  const std::int32_t *starts, *splits, *blocks, *masks, *longest_first;
 };
 
 struct Attention {
@@ -22,11 +22,13 @@ struct Attention {
   std::int64_t layout_n_q, layout_n_k, layout_heads, block_size;       // of the layout; layout_heads is 1 or heads
   BlockLists rows, columns;
   const std::int32_t* mask_table;
-  const std::int32_t* order;  // (order_heads, layout_n_q), or null
+  const std::int32_t *order, *places;  // (order_heads, layout_n_q), or null
   std::int64_t order_heads;
   std::int64_t query_start;
   double scale;
   const bool* key_padding_mask;  // (batch, n_k), or null
+  double dropout_p;
+  std::uint64_t seed;
   int threads;
 };
 
@@ -39,5 +41,13 @@ void sparse_attention_backward(const std::string& dtype, const Attention& call, 
                                const void* grad_lse, const Strided& query, const Strided& key, const Strided& value,
                                const Strided& out, const void* lse, const Strided& grad_query, const Strided& grad_key,
                                const Strided& grad_value);
+
+// The gradients of a function of the backward pass's results, whose own gradients are given first.
+void sparse_attention_double_backward(const std::string& dtype, const Attention& call, const Strided& grad_grad_query,
+                                      const Strided& grad_grad_key, const Strided& grad_grad_value,
+                                      const Strided& grad_out, const void* grad_lse, const Strided& query,
+                                      const Strided& key, const Strided& value, const Strided& out, const void* lse,
+                                      const Strided& grad_grad_out, void* grad_grad_lse, const Strided& grad_query,
+                                      const Strided& grad_key, const Strided& grad_value);
 
 }  // namespace gdl

@@ -14,6 +14,7 @@
 #include "dispatch.h"
 #include "gemm.h"
 #include "half.h"
+#include "philox.h"
 #include "sparse_attention.h"
 #include "vec.h"
 
@@ -58,6 +59,12 @@ inline std::int64_t position_of(const Attention& call, std::int64_t head, std::i
   if (place >= n) return -1;
   if (call.order == nullptr) return place;
   return call.order[(call.order_heads == 1 ? 0 : head) * n + place];
+}
+
+// The place that a position is at.
+inline std::int64_t place_of(const Attention& call, std::int64_t head, std::int64_t position) {
+  return call.places == nullptr ? position
+                                : call.places[(call.order_heads == 1 ? 0 : head) * call.layout_n_q + position];
 }
 
 // The call's query at a place, or -1.
@@ -109,6 +116,13 @@ inline void transpose(const T* __restrict from, int ld_from, T* __restrict to, i
       for (int j = j0; j < (j0 + 16 < columns ? j0 + 16 : columns); ++j) to[j * ld_to + i] = from[i * ld_from + j];
 }
 
+template <typename T>
+inline void multiply(T* x, long ld, const T* by, long ld_by, int rows, int columns) {
+  for (int i = 0; i < rows; ++i)
+    for (int v = 0; v < columns; v += kWidth<T>)
+      store<T>(x + i * ld + v, load(x + i * ld + v) * load(by + i * ld_by + v));
+}
+
 // Whether the padding mask leaves a key out. Such keys are packed as zeros: what lies there, NaN too, goes nowhere.
 inline bool left_out(const Attention& call, std::int64_t batch, std::int64_t key) {
   return call.key_padding_mask != nullptr && key >= 0 && call.key_padding_mask[batch * call.n_k + key];
@@ -148,6 +162,33 @@ inline void mask_scores(T* scores, long ld, int rows, int columns, const std::in
       const IntVec<T> kept = ((word >> lane_index<T>()) & 1) != 0;
       store<T>(scores + i * ld + v, kept ? load(scores + i * ld + v) : nothing);
     }
+  }
+}
+
+// What dropout multiplies a tile of weights by: 0, or `kept`. Rows and columns are the positions of queries and keys.
+// Lanes past the last key may have any position: their weights are 0.
+template <typename T>
+inline void dropout_multipliers(const Attention& call, std::int64_t batch, std::int64_t head,
+                                const std::int64_t* queries, int rows, const std::int64_t* keys, int columns, T kept,
+                                T* to, int ld) {
+  const auto threshold = static_cast<std::uint32_t>(call.dropout_p * 0x1p31);
+  const auto line = static_cast<std::uint32_t>(batch * call.heads + head);
+  std::uint32_t key[kMaxTile], words[4][kMaxTile];
+  for (int j = 0; j < columns; ++j) key[j] = static_cast<std::uint32_t>(keys[j]);
+  std::int64_t drawn = -1;
+  for (int i = 0; i < rows; ++i) {
+    // One counter serves four queries, which in natural order follow each other.
+    if (const std::int64_t four = queries[i] / 4; four != drawn) {
+      drawn = four;
+      for (int j = 0; j < columns; j += kWords) {
+        Words counter;
+        std::memcpy(&counter, key + j, sizeof counter);
+        const PhiloxWords random = philox(call.seed, counter, static_cast<std::uint32_t>(four), line, 0);
+        for (int w = 0; w < 4; ++w) std::memcpy(words[w] + j, &random.word[w], sizeof counter);
+      }
+    }
+    const std::uint32_t* word = words[queries[i] % 4];
+    for (int j = 0; j < columns; ++j) to[i * ld + j] = word[j] >> 1 >= threshold ? kept : T(0);
   }
 }
 

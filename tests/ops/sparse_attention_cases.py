@@ -50,6 +50,8 @@ class Case:
     head_dim: int = 16
     value_dim: int = 16
     query_start: int = 0
+    start_tensor: bool = False
+    dropout_p: float = 0.0
     padding: bool = False
     transposed: bool = False
 
@@ -88,6 +90,20 @@ CASES = [
     Case("a strided cache still growing", lambda: layouts.strided(96, 5, block_size=16), n_q=2, n_k=50, query_start=48),
     Case("local and summary columns", lambda: layouts.fixed(150, 32, 8, block_size=16)),
     Case("a window with sinks", lambda: layouts.sliding_with_sinks(150, 20, 3, block_size=32)),
+    Case(
+        "a start that is a tensor", lambda: layouts.causal(130, block_size=32), n_q=3, n_k=120, query_start=69,
+        start_tensor=True,
+    ),  # fmt: skip
+    Case("many queries from a tensor on", lambda: scattered(150, 90, 32), n_q=70, query_start=45, start_tensor=True),
+    Case(
+        "a strided start that is a tensor", lambda: layouts.strided(96, 5, block_size=16), n_q=2, n_k=96,
+        query_start=48, start_tensor=True,
+    ),  # fmt: skip
+    Case("dropout", lambda: scattered(150, 170, 64), batch=2, dropout_p=0.4),
+    Case("dropout in small blocks", lambda: scattered(70, 70, 16), dropout_p=0.2, padding=True),
+    Case("dropout in any order", lambda: permuted(90, 32), heads=4, batch=2, dropout_p=0.3),
+    Case("dropout of late queries", lambda: scattered(130, 100, 32), n_q=37, query_start=63, dropout_p=0.6),
+    Case("dropout of one query", lambda: layouts.causal(130), heads=6, n_q=1, query_start=101, dropout_p=0.5),
     Case("no batch", lambda: scattered(40, 40, 16), batch=0),
 ]
 
@@ -110,7 +126,8 @@ def inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Te
         else:
             batch, heads, positions, features = shape
             tensors.append(torch.randn(batch, positions, heads, features, dtype=dtype, device=device).transpose(1, 2))
-    kwargs: dict[str, Any] = {"layout": layout.to(device), "query_start": case.query_start}
+    start = torch.tensor(case.query_start, device=device) if case.start_tensor else case.query_start
+    kwargs: dict[str, Any] = {"layout": layout.to(device), "query_start": start, "dropout_p": case.dropout_p}
     if case.padding:
         kwargs["key_padding_mask"] = torch.rand(case.batch, n_k, device=device) < 0.3
     return tensors, kwargs
@@ -119,12 +136,27 @@ def inputs(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Te
 def outputs_and_gradients(tensors: list[Tensor], kwargs: dict[str, Any], backend: str, seed: int) -> dict[str, Tensor]:
     """The output, lse, and the gradients of a random function of both."""
     leaves = [t.detach().requires_grad_() for t in tensors]
+    torch.manual_seed(seed)  # every backend drops the same
     out, lse = gdl_kernels.sparse_attention(*leaves, return_lse=True, backend=backend, **kwargs)
     # -inf, of rows that keep nothing, has no gradient to give.
     finite = lse.masked_fill(lse == -torch.inf, 0)
     loss = (out * weights_like(out, seed)).sum() + (finite * weights_like(lse, seed)).sum()
     gradients = torch.autograd.grad(loss, leaves)
     return {"out": out.detach(), "lse": lse.detach(), **{f"gradient of {n}": g for n, g in zip(GRADIENTS, gradients)}}
+
+
+def second_gradients(tensors: list[Tensor], kwargs: dict[str, Any], backend: str, seed: int) -> dict[str, Tensor]:
+    """The gradients of a random function of the first gradients."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    torch.manual_seed(seed)
+    out, lse = gdl_kernels.sparse_attention(*leaves, return_lse=True, backend=backend, **kwargs)
+    cotangents = [weights_like(t, seed).requires_grad_() for t in (out, lse)]
+    # A row that keeps nothing has a constant -inf as its lse.
+    outputs = [out, torch.where(lse.detach() == -torch.inf, 0, lse)]
+    first = torch.autograd.grad(outputs, leaves, cotangents, create_graph=True)
+    loss = sum((g * weights_like(g, seed + 1)).sum() for g in first)
+    second = torch.autograd.grad(loss, [*cotangents, *leaves])
+    return {f"second gradient of {n}": g for n, g in zip(("out", "lse", *GRADIENTS), second)}
 
 
 def weights_like(tensor: Tensor, seed: int) -> Tensor:
@@ -152,3 +184,14 @@ def check(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", ulp
     terms = cancelling_terms(tensors, exact, seed)
     for name in ours:
         assert_accurate(ours[name], plain[name], exact[name], name, terms=terms.get(name), ulps=ulps)
+
+
+def check_second(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
+    """The same for second derivatives."""
+    tensors, kwargs = inputs(case, dtype, device)
+    seed = 7
+    ours, plain = (second_gradients(tensors, kwargs, b, seed) for b in (backend, "reference"))
+    exact = second_gradients([t.double() for t in tensors], kwargs, "reference", seed)
+    for name in ours:
+        # The terms of these sums cancel several times over: the floor is that of their largest.
+        assert_accurate(ours[name], plain[name], exact[name], name, ulps=16)

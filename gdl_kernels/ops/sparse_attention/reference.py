@@ -53,4 +53,4 @@ def dropout_multiplier(
     head = torch.arange(batch * heads, device=seed.device).view(batch, heads, 1, 1)
     words = torch.stack(philox(seed, (key, query // 4, head, 0)))  # [4, B, H, Nq, Nk]
     word = words.gather(0, (query % 4).expand(1, *words.shape[1:]))[0]
-    return (word >> 1 >= int(dropout_p * 2**31)) / (1 - dropout_p)
+    return (word >> 1 >= int(dropout_p * 2**31)).double() / (1 - dropout_p)
