@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .decode_kernels import DECODED_QUERIES, decode
 from .dropout import Dropout, load_seed, survives
 from .launch import Call, grid, launch
 from .walk import (
@@ -124,9 +125,12 @@ def _forward(
 
 
 def forward(outputs: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> None:
-    """Fill ``(out, lse)``. One launch."""
+    """Fill ``(out, lse)``. One launch; two where the keys of few queries are split among programs."""
     out, lse = outputs
     call = Call(query, key, value, *rest)
+    if call.n_q <= DECODED_QUERIES:
+        decode(call, out, lse, query, key, value)
+        return
     config, constants = call.tiles("forward")
     n_tiles, n_work, whole = call.row_work(config.own)
     launch(

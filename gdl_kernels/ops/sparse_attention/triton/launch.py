@@ -59,11 +59,15 @@ def tiles(kernel: str, capability: int, head_dim: int, block_size: int, itemsize
     """The launch configuration of a kernel.
 
     Args:
-        kernel: a name in :data:`TILES`.
+        kernel: a name in :data:`TILES`, or ``"decode"``, whose programs own heads.
         capability: the GPU's major compute capability.
         head_dim: the larger of the padded head sizes.
         itemsize: bytes an element.
     """
+    if kernel == "decode":
+        # At most 64 heads of a group, 16 of them in an instruction. Nothing is computed twice and little is computed:
+        # what counts is bytes in flight.
+        return Tiles(64, 32 if itemsize == 4 or head_dim > 128 else 64, 1 if itemsize == 4 else 3, 4)
     if itemsize == 4:
         # "ieee" products of float32 run on the ordinary cores, operands in registers: small tiles, many warps.
         return Tiles(min(32, block_size), 16, 1, 4 if head_dim <= 64 else 8)
@@ -99,7 +103,8 @@ def _capability(device: torch.device) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    # For the interpreter so few that in tests a program works on several tiles.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def grid(device: torch.device, num_warps: int, n_work: int) -> int:
@@ -107,8 +112,16 @@ def grid(device: torch.device, num_warps: int, n_work: int) -> int:
 
     As many as find room where a thread has 128 registers; where it has more the rest start as the first end.
     """
-    resident = 16 // num_warps if device.type == "cuda" else 3  # so few that in tests programs take several tiles
+    resident = 16 // num_warps if device.type == "cuda" else 1
     return min(n_work, multiprocessors(device) * resident)
+
+
+def decode_splits(device: torch.device, programs: int, most: int) -> int:
+    """Among how many programs each row is split, so that four find work on each multiprocessor.
+
+    From sizes alone: what a row keeps, and where the queries start, only the GPU knows.
+    """
+    return max(1, min(most, 4 * multiprocessors(device) // max(1, programs)))
 
 
 class Side(NamedTuple):

@@ -9,7 +9,7 @@ import triton.language as tl
 
 #: Kernel arguments of which Triton makes no variants (of 1, of multiples of 16), so that a new length compiles nothing.
 SCALARS = (
-    "start", "seed", "n_batch", "n_heads", "group", "summed", "n_q", "n_k", "query_start", "n_layout_q", "n_lines",
+    "start", "seed", "n_batch", "n_heads", "group", "summed", "sharing", "n_q", "n_k", "query_start", "n_layout_q", "n_lines",
     "n_tiles", "n_work", "n_splits", "whole", "causal", "ragged", "list_step", "order_step", "threshold",
 )  # fmt: skip
 
@@ -157,7 +157,7 @@ def key_tile(keys, first, last, tile, BLOCK: tl.constexpr, STEP: tl.constexpr):
     return positions, inner, inside
 
 
-# A packed word of the mask table covers 32 columns of a row. Both functions below load a word once for each row and let
+# A packed word of the mask table covers 32 columns of a row. The next two functions load a word once for each row and let
 # every lane of the tile pick its bit: no pointer for each element of the tile, which would cost more than the scores.
 # A full block that fills no whole tile has mask -1, all ones.
 
@@ -202,3 +202,17 @@ def kept_queries(
         bits = tl.load(table + mask * (BLOCK * WORDS) + index + row * WORDS, mask=mask >= 0, other=-1)
         word = tl.where((column // SEGMENT == segment)[:, None], bits[None, :], word)
     return ((word >> ((own_start + column) & 31)[:, None]) & 1) != 0
+
+
+@triton.jit
+def kept_keys_of_row(lists, table, first, last, tile, row, column, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    # Bits [STEP] of a single row, where a word for each lane is cheap.
+    WORDS: tl.constexpr = (BLOCK + 31) // 32
+    lane = tl.arange(0, STEP)
+    if STEP <= BLOCK:
+        item = first + tile // (BLOCK // STEP) + lane * 0
+    else:
+        item = first + tile * (STEP // BLOCK) + lane // BLOCK
+    mask = tl.load(lists.masks + item, mask=item < last, other=-1).to(tl.int64)
+    word = tl.load(table + mask * (BLOCK * WORDS) + row * WORDS + column // 32, mask=mask >= 0, other=-1)
+    return ((word >> (column & 31)) & 1) != 0
