@@ -89,7 +89,7 @@ def compiled(target: int, monkeypatch: pytest.MonkeyPatch) -> Compiled:
 
 
 def launch_all(
-    n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, call: tuple[Any, ...], *, heads: int = 4, kv_heads: int = 2
+    n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, call: tuple[Any, ...], *, heads: int = 4, kv_heads: int = 4
 ) -> None:
     """Forward, backward and double backward of one call."""
     from gdl_kernels.ops.sparse_attention import triton as kernels

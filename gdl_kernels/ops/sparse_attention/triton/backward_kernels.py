@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import Dropout, load_seed, survives
-from .launch import Call, grid, launch, padded
+from .launch import Call, launch, padded
 from .walk import (
     SCALARS,
     Keys,
@@ -84,7 +84,7 @@ def _grad_query_tiles(
 def _grad_query(
     query, key, value, grad_out, grad_query, delta, lse_log2, lists, table, order, padding, start, seed,
     q_strides, k_strides, v_strides, grad_strides, out_strides,
-    n_batch, n_heads, group, n_q, n_k, query_start, n_layout_q, n_lines, n_tiles, n_work, whole, causal, ragged,
+    n_batch, n_heads, group, n_q, n_k, query_start, n_layout_q, n_lines, n_tiles, whole, causal, ragged,
     list_step, order_step, threshold, keep_scale, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, DOT: tl.constexpr,
@@ -94,51 +94,50 @@ def _grad_query(
     seed_value = load_seed(seed)
     first_tile = 0 if order is not None else first_query // OWN
     scale_log2 = scale * 1.4426950408889634  # log2(e)
-    for work in range(tl.program_id(0), n_work, tl.num_programs(0)):
-        batch, head, own = own_tile(
-            work, first_tile, lists.longest_first, n_batch, n_heads, n_lines, n_tiles, whole, list_step,
-            BLOCK // OWN, True,
-        )  # fmt: skip
-        q_base = query + batch * q_strides[0] + head * q_strides[1]
-        k_base = key + batch * k_strides[0] + head // group * k_strides[1]
-        v_base = value + batch * v_strides[0] + head // group * v_strides[1]
-        g_base = grad_out + batch * grad_strides[0] + head * grad_strides[1]
-        out_base = grad_query + batch * out_strides[0] + head * out_strides[1]
-        head_order = order
-        if order is not None:
-            head_order = order + head * order_step
-        batch_padding = padding
-        if padding is not None:
-            batch_padding = padding + batch * n_k
-        keys = Keys(lists, table, head_order, n_layout_q, batch_padding, n_seen)
-        dropout = Dropout(seed_value, threshold, keep_scale, (batch * n_heads + head).to(tl.int32))
+    batch, head, own = own_tile(
+        tl.program_id(0), first_tile, lists.longest_first, n_batch, n_heads, n_lines, n_tiles, whole, list_step,
+        BLOCK // OWN, True,
+    )  # fmt: skip
+    q_base = query + batch * q_strides[0] + head * q_strides[1]
+    k_base = key + batch * k_strides[0] + head // group * k_strides[1]
+    v_base = value + batch * v_strides[0] + head // group * v_strides[1]
+    g_base = grad_out + batch * grad_strides[0] + head * grad_strides[1]
+    out_base = grad_query + batch * out_strides[0] + head * out_strides[1]
+    head_order = order
+    if order is not None:
+        head_order = order + head * order_step
+    batch_padding = padding
+    if padding is not None:
+        batch_padding = padding + batch * n_k
+    keys = Keys(lists, table, head_order, n_layout_q, batch_padding, n_seen)
+    dropout = Dropout(seed_value, threshold, keep_scale, (batch * n_heads + head).to(tl.int32))
 
-        places = own * OWN + tl.arange(0, OWN)
-        positions = positions_of(head_order, places, n_layout_q)
-        rows = positions - first_query
-        inside = (rows >= 0) & (rows < n_q)  # [OWN]
-        row_inner = places % BLOCK
-        q = load_rows(q_base, rows, inside, q_strides, D, BLOCK_D, True).to(DOT)
-        g = load_rows(g_base, rows, inside, grad_strides, DV, BLOCK_DV, True).to(DOT)
-        row = (batch * n_heads + head) * n_q + rows
-        row_lse = tl.load(lse_log2 + row, mask=inside, other=float("inf"))
-        row_delta = tl.load(delta + row, mask=inside, other=0.0)
+    places = own * OWN + tl.arange(0, OWN)
+    positions = positions_of(head_order, places, n_layout_q)
+    rows = positions - first_query
+    inside = (rows >= 0) & (rows < n_q)  # [OWN]
+    row_inner = places % BLOCK
+    q = load_rows(q_base, rows, inside, q_strides, D, BLOCK_D, True).to(DOT)
+    g = load_rows(g_base, rows, inside, grad_strides, DV, BLOCK_DV, True).to(DOT)
+    row = (batch * n_heads + head) * n_q + rows
+    row_lse = tl.load(lse_log2 + row, mask=inside, other=float("inf"))
+    row_delta = tl.load(delta + row, mask=inside, other=0.0)
 
-        line = head * list_step * n_lines + tl.minimum(own // (BLOCK // OWN), n_lines - 1)
-        begin, full_tiles, rest, rest_tiles, end = list_bounds(lists, line, ragged, BLOCK, STEP)
-        present = tl.max((inside & (positions < n_layout_q)).to(tl.int32), 0)  # as in _forward
-        acc = tl.zeros([OWN, BLOCK_D], tl.float32)
-        acc = _grad_query_tiles(
-            acc, q, g, row_lse, row_delta, positions, row_inner, k_base, v_base, keys, dropout, begin, end,
-            full_tiles * present, k_strides, v_strides, scale_log2,
-            D, DV, BLOCK, STEP, BLOCK_D, BLOCK_DV, DOT, False,
-        )  # fmt: skip
-        acc = _grad_query_tiles(
-            acc, q, g, row_lse, row_delta, positions, row_inner, k_base, v_base, keys, dropout, rest, end,
-            rest_tiles * present, k_strides, v_strides, scale_log2,
-            D, DV, BLOCK, STEP, BLOCK_D, BLOCK_DV, DOT, True,
-        )  # fmt: skip
-        store_rows(out_base, rows, inside, out_strides, acc * scale, D, BLOCK_D)
+    line = head * list_step * n_lines + tl.minimum(own // (BLOCK // OWN), n_lines - 1)
+    begin, full_tiles, rest, rest_tiles, end = list_bounds(lists, line, ragged, BLOCK, STEP)
+    present = tl.max((inside & (positions < n_layout_q)).to(tl.int32), 0)  # as in _forward
+    acc = tl.zeros([OWN, BLOCK_D], tl.float32)
+    acc = _grad_query_tiles(
+        acc, q, g, row_lse, row_delta, positions, row_inner, k_base, v_base, keys, dropout, begin, end,
+        full_tiles * present, k_strides, v_strides, scale_log2,
+        D, DV, BLOCK, STEP, BLOCK_D, BLOCK_DV, DOT, False,
+    )  # fmt: skip
+    acc = _grad_query_tiles(
+        acc, q, g, row_lse, row_delta, positions, row_inner, k_base, v_base, keys, dropout, rest, end,
+        rest_tiles * present, k_strides, v_strides, scale_log2,
+        D, DV, BLOCK, STEP, BLOCK_D, BLOCK_DV, DOT, True,
+    )  # fmt: skip
+    store_rows(out_base, rows, inside, out_strides, acc * scale, D, BLOCK_D)
 
 
 @triton.jit
@@ -178,7 +177,7 @@ def _grad_key_value_tiles(
 def _grad_key_value(
     query, key, value, grad_out, grad_key, grad_value, delta, lse_log2, lists, table, order, padding, start, seed,
     q_strides, k_strides, v_strides, grad_strides, grad_k_strides, grad_v_strides,
-    n_batch, n_heads, group, n_q, n_k, query_start, n_layout_q, n_lines, n_tiles, n_work, whole, causal, ragged,
+    n_batch, n_heads, group, n_q, n_k, query_start, n_layout_q, n_lines, n_tiles, whole, causal, ragged,
     list_step, order_step, threshold, keep_scale, scale, summed,
     D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, DOT: tl.constexpr,
@@ -188,57 +187,56 @@ def _grad_key_value(
     n_seen = n_seen_keys(first_query, n_q, n_k, causal)
     seed_value = load_seed(seed)
     scale_log2 = scale * 1.4426950408889634  # log2(e)
-    for work in range(tl.program_id(0), n_work, tl.num_programs(0)):
-        batch, grad_head, own = own_tile(
-            work, 0, lists.longest_first, n_batch, n_heads // summed, n_lines, n_tiles, whole, list_step,
-            BLOCK // OWN, False,
-        )  # fmt: skip
-        k_base = key + batch * k_strides[0] + grad_head * summed // group * k_strides[1]
-        v_base = value + batch * v_strides[0] + grad_head * summed // group * v_strides[1]
-        head_order = order
-        if order is not None:
-            head_order = order + grad_head * summed * order_step  # heads that are summed share their order
+    batch, grad_head, own = own_tile(
+        tl.program_id(0), 0, lists.longest_first, n_batch, n_heads // summed, n_lines, n_tiles, whole, list_step,
+        BLOCK // OWN, False,
+    )  # fmt: skip
+    k_base = key + batch * k_strides[0] + grad_head * summed // group * k_strides[1]
+    v_base = value + batch * v_strides[0] + grad_head * summed // group * v_strides[1]
+    head_order = order
+    if order is not None:
+        head_order = order + grad_head * summed * order_step  # heads that are summed share their order
 
-        places = own * OWN + tl.arange(0, OWN)
-        positions = positions_of(head_order, places, n_layout_q)
-        inside = positions < n_k  # [OWN]
-        seen = positions < n_seen
-        if padding is not None:
-            seen &= tl.load(padding + batch * n_k + positions, mask=seen, other=1) == 0
-        k = load_rows(k_base, positions, seen, k_strides, D, BLOCK_D, True).to(DOT)
-        v = load_rows(v_base, positions, seen, v_strides, DV, BLOCK_DV, True).to(DOT)
-        present = tl.max(seen.to(tl.int32), 0)
-        grad_k = tl.zeros([OWN, BLOCK_D], tl.float32)
-        grad_v = tl.zeros([OWN, BLOCK_DV], tl.float32)
-        for member in range(summed):
-            head = grad_head * summed + member
-            q_base = query + batch * q_strides[0] + head * q_strides[1]
-            g_base = grad_out + batch * grad_strides[0] + head * grad_strides[1]
-            row = (batch * n_heads + head) * n_q
-            dropout = Dropout(seed_value, threshold, keep_scale, (batch * n_heads + head).to(tl.int32))
-            line = head * list_step * n_lines + own // (BLOCK // OWN)
-            begin, full_tiles, rest, rest_tiles, end = list_bounds(lists, line, 0, BLOCK, STEP)
-            grad_k, grad_v = _grad_key_value_tiles(
-                grad_k, grad_v, k, v, positions, own * OWN % BLOCK, q_base, g_base, delta + row, lse_log2 + row,
-                lists, table, head_order, n_layout_q, dropout, begin, end, full_tiles * present,
-                q_strides, grad_strides, n_q, first_query, scale_log2,
-                D, DV, BLOCK, OWN, STEP, BLOCK_D, BLOCK_DV, DOT, False,
-            )  # fmt: skip
-            grad_k, grad_v = _grad_key_value_tiles(
-                grad_k, grad_v, k, v, positions, own * OWN % BLOCK, q_base, g_base, delta + row, lse_log2 + row,
-                lists, table, head_order, n_layout_q, dropout, rest, end, rest_tiles * present,
-                q_strides, grad_strides, n_q, first_query, scale_log2,
-                D, DV, BLOCK, OWN, STEP, BLOCK_D, BLOCK_DV, DOT, True,
-            )  # fmt: skip
-        if seed is not None:
-            grad_v *= keep_scale
-        # A key that no query may see has been treated as one of zeros; its own gradients are 0.
-        grad_k = tl.where(seen[:, None], grad_k * scale, 0.0)
-        grad_v = tl.where(seen[:, None], grad_v, 0.0)
-        k_out = grad_key + batch * grad_k_strides[0] + grad_head * grad_k_strides[1]
-        v_out = grad_value + batch * grad_v_strides[0] + grad_head * grad_v_strides[1]
-        store_rows(k_out, positions, inside, grad_k_strides, grad_k, D, BLOCK_D)
-        store_rows(v_out, positions, inside, grad_v_strides, grad_v, DV, BLOCK_DV)
+    places = own * OWN + tl.arange(0, OWN)
+    positions = positions_of(head_order, places, n_layout_q)
+    inside = positions < n_k  # [OWN]
+    seen = positions < n_seen
+    if padding is not None:
+        seen &= tl.load(padding + batch * n_k + positions, mask=seen, other=1) == 0
+    k = load_rows(k_base, positions, seen, k_strides, D, BLOCK_D, True).to(DOT)
+    v = load_rows(v_base, positions, seen, v_strides, DV, BLOCK_DV, True).to(DOT)
+    present = tl.max(seen.to(tl.int32), 0)
+    grad_k = tl.zeros([OWN, BLOCK_D], tl.float32)
+    grad_v = tl.zeros([OWN, BLOCK_DV], tl.float32)
+    for member in range(summed):
+        head = grad_head * summed + member
+        q_base = query + batch * q_strides[0] + head * q_strides[1]
+        g_base = grad_out + batch * grad_strides[0] + head * grad_strides[1]
+        row = (batch * n_heads + head) * n_q
+        dropout = Dropout(seed_value, threshold, keep_scale, (batch * n_heads + head).to(tl.int32))
+        line = head * list_step * n_lines + own // (BLOCK // OWN)
+        begin, full_tiles, rest, rest_tiles, end = list_bounds(lists, line, 0, BLOCK, STEP)
+        grad_k, grad_v = _grad_key_value_tiles(
+            grad_k, grad_v, k, v, positions, own * OWN % BLOCK, q_base, g_base, delta + row, lse_log2 + row,
+            lists, table, head_order, n_layout_q, dropout, begin, end, full_tiles * present,
+            q_strides, grad_strides, n_q, first_query, scale_log2,
+            D, DV, BLOCK, OWN, STEP, BLOCK_D, BLOCK_DV, DOT, False,
+        )  # fmt: skip
+        grad_k, grad_v = _grad_key_value_tiles(
+            grad_k, grad_v, k, v, positions, own * OWN % BLOCK, q_base, g_base, delta + row, lse_log2 + row,
+            lists, table, head_order, n_layout_q, dropout, rest, end, rest_tiles * present,
+            q_strides, grad_strides, n_q, first_query, scale_log2,
+            D, DV, BLOCK, OWN, STEP, BLOCK_D, BLOCK_DV, DOT, True,
+        )  # fmt: skip
+    if seed is not None:
+        grad_v *= keep_scale
+    # A key that no query may see has been treated as one of zeros; its own gradients are 0.
+    grad_k = tl.where(seen[:, None], grad_k * scale, 0.0)
+    grad_v = tl.where(seen[:, None], grad_v, 0.0)
+    k_out = grad_key + batch * grad_k_strides[0] + grad_head * grad_k_strides[1]
+    v_out = grad_value + batch * grad_v_strides[0] + grad_head * grad_v_strides[1]
+    store_rows(k_out, positions, inside, grad_k_strides, grad_k, D, BLOCK_D)
+    store_rows(v_out, positions, inside, grad_v_strides, grad_v, DV, BLOCK_DV)
 
 
 #: Queries that a program of ``_row_terms`` owns.
@@ -262,23 +260,23 @@ def backward(
     )  # fmt: skip
 
     config, constants = call.tiles("grad_query")
-    n_tiles, n_work, whole = call.row_work(config.own)
+    n_tiles, programs, whole = call.row_work(config.own)
     launch(
-        _grad_query, grid(call.device, config.num_warps, n_work), call.device, config.num_warps, config.num_stages,
+        _grad_query, programs, call.device, config.num_warps, config.num_stages,
         query, key, value, grad_out, grad_query, delta, lse_log2, *call.tensors(call.rows),
         query.stride(), key.stride(), value.stride(), grad_out.stride(), grad_query.stride(),
-        *call.scalars(call.rows, n_tiles, n_work, whole), **constants,
+        *call.scalars(call.rows, n_tiles, whole), **constants,
     )  # fmt: skip
 
     config, constants = call.tiles("grad_key_value")
     summed = call.summed()
-    n_tiles, n_work, whole = call.column_work(config.own, summed)
+    n_tiles, programs, whole = call.column_work(config.own, summed)
     with call.summed_over_groups(grad_key, grad_value) as (partial_key, partial_value):
         launch(
-            _grad_key_value, grid(call.device, config.num_warps, n_work), call.device,
+            _grad_key_value, programs, call.device,
             config.num_warps, config.num_stages,
             query, key, value, grad_out, partial_key, partial_value, delta, lse_log2, *call.tensors(call.columns),
             query.stride(), key.stride(), value.stride(), grad_out.stride(),
             partial_key.stride(), partial_value.stride(),
-            *call.scalars(call.columns, n_tiles, n_work, whole), summed, **constants,
+            *call.scalars(call.columns, n_tiles, whole), summed, **constants,
         )  # fmt: skip

@@ -22,7 +22,7 @@ MAX_SPLITS = 32
 def _decode(
     query, key, value, out, lse, lists, table, order, padding, start, seed, places,
     q_strides, k_strides, v_strides, out_strides,
-    n_batch, n_heads, group, n_q, n_k, query_start, n_layout_q, n_lines, n_tiles, n_work, whole, causal, ragged,
+    n_batch, n_heads, group, n_q, n_k, query_start, n_layout_q, n_lines, n_tiles, whole, causal, ragged,
     list_step, order_step, threshold, keep_scale, scale, sharing, n_splits,
     D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, MEMBERS: tl.constexpr, STEP: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, DOT: tl.constexpr,
@@ -138,7 +138,7 @@ def decode(call: Call, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, val
         _decode, programs * n_splits, call.device, config.num_warps, config.num_stages,
         query, key, value, parts, part_lse, *call.tensors(call.rows), call.places,
         query.stride(), key.stride(), value.stride(), parts.stride(),
-        *call.scalars(call.rows, 0, 0, False), sharing, n_splits, MEMBERS=members, **constants,
+        *call.scalars(call.rows, 0, False), sharing, n_splits, MEMBERS=members, **constants,
     )  # fmt: skip
     if n_splits > 1:
         launch(
@@ -146,4 +146,3 @@ def decode(call: Call, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, val
             parts, part_lse, out, lse, out.stride(), call.heads, call.n_q, n_splits,
             DV=call.value_dim, BLOCK_DV=constants["BLOCK_DV"], MAX_SPLITS=MAX_SPLITS,
         )  # fmt: skip
-

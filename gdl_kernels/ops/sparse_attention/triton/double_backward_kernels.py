@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import Dropout, load_seed, survives
-from .launch import Call, grid, launch
+from .launch import Call, launch
 from .walk import (
     SCALARS,
     Keys,
@@ -120,7 +120,7 @@ def _double_rows(
     query, key, value, grad_out, grad_grad_query, grad_grad_key, grad_grad_value, lse, grad_lse,
     grad_query, grad_grad_out, grad_grad_lse, row_delta, row_rho, lists, table, order, padding, start, seed,
     q_strides, k_strides, v_strides, g_strides, a_strides, b_strides, c_strides, grad_q_strides, grad_g_strides,
-    n_batch, n_heads, group, n_q, n_k, query_start, n_layout_q, n_lines, n_tiles, n_work, whole, causal, ragged,
+    n_batch, n_heads, group, n_q, n_k, query_start, n_layout_q, n_lines, n_tiles, whole, causal, ragged,
     list_step, order_step, threshold, keep_scale, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, DOT: tl.constexpr,
@@ -129,63 +129,62 @@ def _double_rows(
     n_seen = n_seen_keys(first_query, n_q, n_k, causal)
     seed_value = load_seed(seed)
     first_tile = 0 if order is not None else first_query // OWN
-    for work in range(tl.program_id(0), n_work, tl.num_programs(0)):
-        batch, head, own = own_tile(
-            work, first_tile, lists.longest_first, n_batch, n_heads, n_lines, n_tiles, whole, list_step,
-            BLOCK // OWN, True,
-        )  # fmt: skip
-        k_base = key + batch * k_strides[0] + head // group * k_strides[1]
-        v_base = value + batch * v_strides[0] + head // group * v_strides[1]
-        b_base = grad_grad_key + batch * b_strides[0] + head // group * b_strides[1]
-        c_base = grad_grad_value + batch * c_strides[0] + head // group * c_strides[1]
-        head_order = order
-        if order is not None:
-            head_order = order + head * order_step
-        batch_padding = padding
-        if padding is not None:
-            batch_padding = padding + batch * n_k
-        keys = Keys(lists, table, head_order, n_layout_q, batch_padding, n_seen)
-        dropout = Dropout(seed_value, threshold, keep_scale, (batch * n_heads + head).to(tl.int32))
+    batch, head, own = own_tile(
+        tl.program_id(0), first_tile, lists.longest_first, n_batch, n_heads, n_lines, n_tiles, whole, list_step,
+        BLOCK // OWN, True,
+    )  # fmt: skip
+    k_base = key + batch * k_strides[0] + head // group * k_strides[1]
+    v_base = value + batch * v_strides[0] + head // group * v_strides[1]
+    b_base = grad_grad_key + batch * b_strides[0] + head // group * b_strides[1]
+    c_base = grad_grad_value + batch * c_strides[0] + head // group * c_strides[1]
+    head_order = order
+    if order is not None:
+        head_order = order + head * order_step
+    batch_padding = padding
+    if padding is not None:
+        batch_padding = padding + batch * n_k
+    keys = Keys(lists, table, head_order, n_layout_q, batch_padding, n_seen)
+    dropout = Dropout(seed_value, threshold, keep_scale, (batch * n_heads + head).to(tl.int32))
 
-        places = own * OWN + tl.arange(0, OWN)
-        positions = positions_of(head_order, places, n_layout_q)
-        rows = positions - first_query
-        inside = (rows >= 0) & (rows < n_q)  # [OWN]
-        row_inner = places % BLOCK
-        q_base = query + batch * q_strides[0] + head * q_strides[1]
-        a_base = grad_grad_query + batch * a_strides[0] + head * a_strides[1]
-        g_base = grad_out + batch * g_strides[0] + head * g_strides[1]
-        q = load_rows(q_base, rows, inside, q_strides, D, BLOCK_D, True).to(DOT)
-        a = load_rows(a_base, rows, inside, a_strides, D, BLOCK_D, True).to(DOT)
-        g = load_rows(g_base, rows, inside, g_strides, DV, BLOCK_DV, True).to(DOT)
-        row = (batch * n_heads + head) * n_q + rows
-        row_lse = _load_lse(lse, row, inside)
+    places = own * OWN + tl.arange(0, OWN)
+    positions = positions_of(head_order, places, n_layout_q)
+    rows = positions - first_query
+    inside = (rows >= 0) & (rows < n_q)  # [OWN]
+    row_inner = places % BLOCK
+    q_base = query + batch * q_strides[0] + head * q_strides[1]
+    a_base = grad_grad_query + batch * a_strides[0] + head * a_strides[1]
+    g_base = grad_out + batch * g_strides[0] + head * g_strides[1]
+    q = load_rows(q_base, rows, inside, q_strides, D, BLOCK_D, True).to(DOT)
+    a = load_rows(a_base, rows, inside, a_strides, D, BLOCK_D, True).to(DOT)
+    g = load_rows(g_base, rows, inside, g_strides, DV, BLOCK_DV, True).to(DOT)
+    row = (batch * n_heads + head) * n_q + rows
+    row_lse = _load_lse(lse, row, inside)
 
-        line = head * list_step * n_lines + tl.minimum(own // (BLOCK // OWN), n_lines - 1)
-        # All through the loop that knows masks: another without would save less than it adds to what is compiled.
-        _begin, _none, begin, list_tiles, end = list_bounds(lists, line, 1, BLOCK, STEP)
-        list_tiles *= tl.max((inside & (positions < n_layout_q)).to(tl.int32), 0)  # as in _forward
-        delta, mu, rho, pw = _row_sums(
-            q, a, g, row_lse, positions, row_inner, k_base, v_base, b_base, c_base, keys, dropout,
-            begin, end, list_tiles, k_strides, v_strides, b_strides, c_strides, scale,
-            D, DV, BLOCK, STEP, BLOCK_D, BLOCK_DV, DOT,
-        )  # fmt: skip
-        rho += pw - mu * delta
-        if grad_lse is not None:
-            delta -= tl.load(grad_lse + row, mask=inside, other=0.0)
-        rho -= delta * mu
-        tl.store(grad_grad_lse + row, mu, mask=inside)
-        tl.store(row_delta + row, delta, mask=inside)
-        tl.store(row_rho + row, rho, mask=inside)
-        grad_q, grad_g = _row_gradients(
-            q, a, g, row_lse, delta, mu, rho, positions, row_inner, k_base, v_base, b_base, c_base, keys, dropout,
-            begin, end, list_tiles, k_strides, v_strides, b_strides, c_strides, scale,
-            D, DV, BLOCK, STEP, BLOCK_D, BLOCK_DV, DOT,
-        )  # fmt: skip
-        q_out = grad_query + batch * grad_q_strides[0] + head * grad_q_strides[1]
-        g_out = grad_grad_out + batch * grad_g_strides[0] + head * grad_g_strides[1]
-        store_rows(q_out, rows, inside, grad_q_strides, grad_q * scale, D, BLOCK_D)
-        store_rows(g_out, rows, inside, grad_g_strides, grad_g, DV, BLOCK_DV)
+    line = head * list_step * n_lines + tl.minimum(own // (BLOCK // OWN), n_lines - 1)
+    # All through the loop that knows masks: another without would save less than it adds to what is compiled.
+    _begin, _none, begin, list_tiles, end = list_bounds(lists, line, 1, BLOCK, STEP)
+    list_tiles *= tl.max((inside & (positions < n_layout_q)).to(tl.int32), 0)  # as in _forward
+    delta, mu, rho, pw = _row_sums(
+        q, a, g, row_lse, positions, row_inner, k_base, v_base, b_base, c_base, keys, dropout,
+        begin, end, list_tiles, k_strides, v_strides, b_strides, c_strides, scale,
+        D, DV, BLOCK, STEP, BLOCK_D, BLOCK_DV, DOT,
+    )  # fmt: skip
+    rho += pw - mu * delta
+    if grad_lse is not None:
+        delta -= tl.load(grad_lse + row, mask=inside, other=0.0)
+    rho -= delta * mu
+    tl.store(grad_grad_lse + row, mu, mask=inside)
+    tl.store(row_delta + row, delta, mask=inside)
+    tl.store(row_rho + row, rho, mask=inside)
+    grad_q, grad_g = _row_gradients(
+        q, a, g, row_lse, delta, mu, rho, positions, row_inner, k_base, v_base, b_base, c_base, keys, dropout,
+        begin, end, list_tiles, k_strides, v_strides, b_strides, c_strides, scale,
+        D, DV, BLOCK, STEP, BLOCK_D, BLOCK_DV, DOT,
+    )  # fmt: skip
+    q_out = grad_query + batch * grad_q_strides[0] + head * grad_q_strides[1]
+    g_out = grad_grad_out + batch * grad_g_strides[0] + head * grad_g_strides[1]
+    store_rows(q_out, rows, inside, grad_q_strides, grad_q * scale, D, BLOCK_D)
+    store_rows(g_out, rows, inside, grad_g_strides, grad_g, DV, BLOCK_DV)
 
 
 @triton.jit
@@ -230,7 +229,7 @@ def _double_columns(
     query, key, value, grad_out, grad_grad_query, grad_grad_key, grad_grad_value, lse, delta, mu, rho,
     grad_key, grad_value, lists, table, order, padding, start, seed,
     q_strides, k_strides, v_strides, g_strides, a_strides, b_strides, c_strides, grad_k_strides, grad_v_strides,
-    n_batch, n_heads, group, n_q, n_k, query_start, n_layout_q, n_lines, n_tiles, n_work, whole, causal, ragged,
+    n_batch, n_heads, group, n_q, n_k, query_start, n_layout_q, n_lines, n_tiles, whole, causal, ragged,
     list_step, order_step, threshold, keep_scale, scale, summed,
     D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, DOT: tl.constexpr,
@@ -238,54 +237,53 @@ def _double_columns(
     first_query = first_position(start, query_start, n_layout_q)
     n_seen = n_seen_keys(first_query, n_q, n_k, causal)
     seed_value = load_seed(seed)
-    for work in range(tl.program_id(0), n_work, tl.num_programs(0)):
-        batch, grad_head, own = own_tile(
-            work, 0, lists.longest_first, n_batch, n_heads // summed, n_lines, n_tiles, whole, list_step,
-            BLOCK // OWN, False,
-        )  # fmt: skip
-        kv_head = grad_head * summed // group
-        head_order = order
-        if order is not None:
-            head_order = order + grad_head * summed * order_step  # heads that are summed share their order
+    batch, grad_head, own = own_tile(
+        tl.program_id(0), 0, lists.longest_first, n_batch, n_heads // summed, n_lines, n_tiles, whole, list_step,
+        BLOCK // OWN, False,
+    )  # fmt: skip
+    kv_head = grad_head * summed // group
+    head_order = order
+    if order is not None:
+        head_order = order + grad_head * summed * order_step  # heads that are summed share their order
 
-        places = own * OWN + tl.arange(0, OWN)
-        positions = positions_of(head_order, places, n_layout_q)
-        inside = positions < n_k  # [OWN]
-        seen = positions < n_seen
-        if padding is not None:
-            seen &= tl.load(padding + batch * n_k + positions, mask=seen, other=1) == 0
-        k_base = key + batch * k_strides[0] + kv_head * k_strides[1]
-        v_base = value + batch * v_strides[0] + kv_head * v_strides[1]
-        b_base = grad_grad_key + batch * b_strides[0] + kv_head * b_strides[1]
-        c_base = grad_grad_value + batch * c_strides[0] + kv_head * c_strides[1]
-        k = load_rows(k_base, positions, seen, k_strides, D, BLOCK_D, True).to(DOT)
-        v = load_rows(v_base, positions, seen, v_strides, DV, BLOCK_DV, True).to(DOT)
-        b = load_rows(b_base, positions, seen, b_strides, D, BLOCK_D, True).to(DOT)
-        c = load_rows(c_base, positions, seen, c_strides, DV, BLOCK_DV, True).to(DOT)
-        present = tl.max(seen.to(tl.int32), 0)
-        grad_k = tl.zeros([OWN, BLOCK_D], tl.float32)
-        grad_v = tl.zeros([OWN, BLOCK_DV], tl.float32)
-        for member in range(summed):
-            head = grad_head * summed + member
-            q_base = query + batch * q_strides[0] + head * q_strides[1]
-            a_base = grad_grad_query + batch * a_strides[0] + head * a_strides[1]
-            g_base = grad_out + batch * g_strides[0] + head * g_strides[1]
-            row = (batch * n_heads + head) * n_q
-            dropout = Dropout(seed_value, threshold, keep_scale, (batch * n_heads + head).to(tl.int32))
-            line = head * list_step * n_lines + own // (BLOCK // OWN)
-            _begin, _none, begin, list_tiles, end = list_bounds(lists, line, 1, BLOCK, STEP)  # as in _double_rows
-            grad_k, grad_v = _column_gradients(
-                grad_k, grad_v, k, v, b, c, positions, own * OWN % BLOCK, q_base, a_base, g_base,
-                lse + row, delta + row, mu + row, rho + row, lists, table, head_order, n_layout_q, dropout,
-                begin, end, list_tiles * present, q_strides, a_strides, g_strides, n_q, first_query, scale,
-                D, DV, BLOCK, OWN, STEP, BLOCK_D, BLOCK_DV, DOT,
-            )  # fmt: skip
-        grad_k = tl.where(seen[:, None], grad_k * scale, 0.0)  # as in _grad_key_value
-        grad_v = tl.where(seen[:, None], grad_v, 0.0)
-        k_out = grad_key + batch * grad_k_strides[0] + grad_head * grad_k_strides[1]
-        v_out = grad_value + batch * grad_v_strides[0] + grad_head * grad_v_strides[1]
-        store_rows(k_out, positions, inside, grad_k_strides, grad_k, D, BLOCK_D)
-        store_rows(v_out, positions, inside, grad_v_strides, grad_v, DV, BLOCK_DV)
+    places = own * OWN + tl.arange(0, OWN)
+    positions = positions_of(head_order, places, n_layout_q)
+    inside = positions < n_k  # [OWN]
+    seen = positions < n_seen
+    if padding is not None:
+        seen &= tl.load(padding + batch * n_k + positions, mask=seen, other=1) == 0
+    k_base = key + batch * k_strides[0] + kv_head * k_strides[1]
+    v_base = value + batch * v_strides[0] + kv_head * v_strides[1]
+    b_base = grad_grad_key + batch * b_strides[0] + kv_head * b_strides[1]
+    c_base = grad_grad_value + batch * c_strides[0] + kv_head * c_strides[1]
+    k = load_rows(k_base, positions, seen, k_strides, D, BLOCK_D, True).to(DOT)
+    v = load_rows(v_base, positions, seen, v_strides, DV, BLOCK_DV, True).to(DOT)
+    b = load_rows(b_base, positions, seen, b_strides, D, BLOCK_D, True).to(DOT)
+    c = load_rows(c_base, positions, seen, c_strides, DV, BLOCK_DV, True).to(DOT)
+    present = tl.max(seen.to(tl.int32), 0)
+    grad_k = tl.zeros([OWN, BLOCK_D], tl.float32)
+    grad_v = tl.zeros([OWN, BLOCK_DV], tl.float32)
+    for member in range(summed):
+        head = grad_head * summed + member
+        q_base = query + batch * q_strides[0] + head * q_strides[1]
+        a_base = grad_grad_query + batch * a_strides[0] + head * a_strides[1]
+        g_base = grad_out + batch * g_strides[0] + head * g_strides[1]
+        row = (batch * n_heads + head) * n_q
+        dropout = Dropout(seed_value, threshold, keep_scale, (batch * n_heads + head).to(tl.int32))
+        line = head * list_step * n_lines + own // (BLOCK // OWN)
+        _begin, _none, begin, list_tiles, end = list_bounds(lists, line, 1, BLOCK, STEP)  # as in _double_rows
+        grad_k, grad_v = _column_gradients(
+            grad_k, grad_v, k, v, b, c, positions, own * OWN % BLOCK, q_base, a_base, g_base,
+            lse + row, delta + row, mu + row, rho + row, lists, table, head_order, n_layout_q, dropout,
+            begin, end, list_tiles * present, q_strides, a_strides, g_strides, n_q, first_query, scale,
+            D, DV, BLOCK, OWN, STEP, BLOCK_D, BLOCK_DV, DOT,
+        )  # fmt: skip
+    grad_k = tl.where(seen[:, None], grad_k * scale, 0.0)  # as in _grad_key_value
+    grad_v = tl.where(seen[:, None], grad_v, 0.0)
+    k_out = grad_key + batch * grad_k_strides[0] + grad_head * grad_k_strides[1]
+    v_out = grad_value + batch * grad_v_strides[0] + grad_head * grad_v_strides[1]
+    store_rows(k_out, positions, inside, grad_k_strides, grad_k, D, BLOCK_D)
+    store_rows(v_out, positions, inside, grad_v_strides, grad_v, DV, BLOCK_DV)
 
 
 def double_backward(
@@ -302,23 +300,23 @@ def double_backward(
     strides = tuple(t.stride() for t in given)
 
     config, constants = call.tiles("double_rows")
-    n_tiles, n_work, whole = call.row_work(config.own)
+    n_tiles, programs, whole = call.row_work(config.own)
     launch(
-        _double_rows, grid(call.device, config.num_warps, n_work), call.device, config.num_warps, config.num_stages,
+        _double_rows, programs, call.device, config.num_warps, config.num_stages,
         *given, lse, grad_lse if grad_lse is None else grad_lse.contiguous(),
         grad_query, grad_grad_out, grad_grad_lse, delta, rho, *call.tensors(call.rows),
         *strides, grad_query.stride(), grad_grad_out.stride(),
-        *call.scalars(call.rows, n_tiles, n_work, whole), **constants,
+        *call.scalars(call.rows, n_tiles, whole), **constants,
     )  # fmt: skip
 
     config, constants = call.tiles("double_columns")
     summed = call.summed()
-    n_tiles, n_work, whole = call.column_work(config.own, summed)
+    n_tiles, programs, whole = call.column_work(config.own, summed)
     with call.summed_over_groups(grad_key, grad_value) as (partial_key, partial_value):
         launch(
-            _double_columns, grid(call.device, config.num_warps, n_work), call.device,
+            _double_columns, programs, call.device,
             config.num_warps, config.num_stages,
             *given, lse, delta, grad_grad_lse, rho, partial_key, partial_value, *call.tensors(call.columns),
             *strides, partial_key.stride(), partial_value.stride(),
-            *call.scalars(call.columns, n_tiles, n_work, whole), summed, **constants,
+            *call.scalars(call.columns, n_tiles, whole), summed, **constants,
         )  # fmt: skip

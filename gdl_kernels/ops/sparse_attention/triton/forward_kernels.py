@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .decode_kernels import DECODED_QUERIES, decode
 from .dropout import Dropout, load_seed, survives
-from .launch import Call, grid, launch
+from .launch import Call, launch
 from .walk import (
     SCALARS,
     Keys,
@@ -62,7 +62,7 @@ def _forward_tiles(
 def _forward(
     query, key, value, out, lse, lists, table, order, padding, start, seed,
     q_strides, k_strides, v_strides, out_strides,
-    n_batch, n_heads, group, n_q, n_k, query_start, n_layout_q, n_lines, n_tiles, n_work, whole, causal, ragged,
+    n_batch, n_heads, group, n_q, n_k, query_start, n_layout_q, n_lines, n_tiles, whole, causal, ragged,
     list_step, order_step, threshold, keep_scale, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, DOT: tl.constexpr,
@@ -72,56 +72,55 @@ def _forward(
     seed_value = load_seed(seed)
     first_tile = 0 if order is not None else first_query // OWN
     scale_log2 = scale * 1.4426950408889634  # log2(e)
-    for work in range(tl.program_id(0), n_work, tl.num_programs(0)):
-        batch, head, own = own_tile(
-            work, first_tile, lists.longest_first, n_batch, n_heads, n_lines, n_tiles, whole, list_step,
-            BLOCK // OWN, True,
-        )  # fmt: skip
-        q_base = query + batch * q_strides[0] + head * q_strides[1]
-        k_base = key + batch * k_strides[0] + head // group * k_strides[1]
-        v_base = value + batch * v_strides[0] + head // group * v_strides[1]
-        out_base = out + batch * out_strides[0] + head * out_strides[1]
-        lse_base = lse + (batch * n_heads + head) * n_q
-        head_order = order
-        if order is not None:
-            head_order = order + head * order_step
-        batch_padding = padding
-        if padding is not None:
-            batch_padding = padding + batch * n_k
-        keys = Keys(lists, table, head_order, n_layout_q, batch_padding, n_seen)
-        dropout = Dropout(seed_value, threshold, keep_scale, (batch * n_heads + head).to(tl.int32))
+    batch, head, own = own_tile(
+        tl.program_id(0), first_tile, lists.longest_first, n_batch, n_heads, n_lines, n_tiles, whole, list_step,
+        BLOCK // OWN, True,
+    )  # fmt: skip
+    q_base = query + batch * q_strides[0] + head * q_strides[1]
+    k_base = key + batch * k_strides[0] + head // group * k_strides[1]
+    v_base = value + batch * v_strides[0] + head // group * v_strides[1]
+    out_base = out + batch * out_strides[0] + head * out_strides[1]
+    lse_base = lse + (batch * n_heads + head) * n_q
+    head_order = order
+    if order is not None:
+        head_order = order + head * order_step
+    batch_padding = padding
+    if padding is not None:
+        batch_padding = padding + batch * n_k
+    keys = Keys(lists, table, head_order, n_layout_q, batch_padding, n_seen)
+    dropout = Dropout(seed_value, threshold, keep_scale, (batch * n_heads + head).to(tl.int32))
 
-        places = own * OWN + tl.arange(0, OWN)
-        positions = positions_of(head_order, places, n_layout_q)
-        rows = positions - first_query
-        inside = (rows >= 0) & (rows < n_q)  # [OWN]
-        known = inside & (positions < n_layout_q)
-        row_inner = places % BLOCK
-        q = load_rows(q_base, rows, inside, q_strides, D, BLOCK_D, True).to(DOT)
+    places = own * OWN + tl.arange(0, OWN)
+    positions = positions_of(head_order, places, n_layout_q)
+    rows = positions - first_query
+    inside = (rows >= 0) & (rows < n_q)  # [OWN]
+    known = inside & (positions < n_layout_q)
+    row_inner = places % BLOCK
+    q = load_rows(q_base, rows, inside, q_strides, D, BLOCK_D, True).to(DOT)
 
-        line = head * list_step * n_lines + tl.minimum(own // (BLOCK // OWN), n_lines - 1)
-        begin, full_tiles, rest, rest_tiles, end = list_bounds(lists, line, ragged, BLOCK, STEP)
-        # A tile may hold none of this call's queries; then its full blocks may hold keys that do not exist yet.
-        present = tl.max(known.to(tl.int32), 0)
-        acc = tl.zeros([OWN, BLOCK_DV], tl.float32)
-        total = tl.zeros([OWN], tl.float32)
-        peak = tl.full([OWN], float("-inf"), tl.float32)
-        acc, total, peak = _forward_tiles(
-            acc, total, peak, q, positions, row_inner, k_base, v_base, keys, dropout, begin, end, full_tiles * present,
-            k_strides, v_strides, scale_log2, D, DV, BLOCK, STEP, BLOCK_D, BLOCK_DV, DOT, False,
-        )  # fmt: skip
-        acc, total, peak = _forward_tiles(
-            acc, total, peak, q, positions, row_inner, k_base, v_base, keys, dropout, rest, end, rest_tiles * present,
-            k_strides, v_strides, scale_log2, D, DV, BLOCK, STEP, BLOCK_D, BLOCK_DV, DOT, True,
-        )  # fmt: skip
-        empty = (total == 0.0) | (positions >= n_layout_q)
-        norm = 1.0 / tl.where(empty, 1.0, total)
-        if seed is not None:
-            norm *= keep_scale
-        acc = tl.where(empty[:, None], 0.0, acc * norm[:, None])
-        store_rows(out_base, rows, inside, out_strides, acc, DV, BLOCK_DV)
-        natural = (peak + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453  # log(2)
-        tl.store(lse_base + rows, tl.where(empty, float("-inf"), natural), mask=inside)
+    line = head * list_step * n_lines + tl.minimum(own // (BLOCK // OWN), n_lines - 1)
+    begin, full_tiles, rest, rest_tiles, end = list_bounds(lists, line, ragged, BLOCK, STEP)
+    # A tile may hold none of this call's queries; then its full blocks may hold keys that do not exist yet.
+    present = tl.max(known.to(tl.int32), 0)
+    acc = tl.zeros([OWN, BLOCK_DV], tl.float32)
+    total = tl.zeros([OWN], tl.float32)
+    peak = tl.full([OWN], float("-inf"), tl.float32)
+    acc, total, peak = _forward_tiles(
+        acc, total, peak, q, positions, row_inner, k_base, v_base, keys, dropout, begin, end, full_tiles * present,
+        k_strides, v_strides, scale_log2, D, DV, BLOCK, STEP, BLOCK_D, BLOCK_DV, DOT, False,
+    )  # fmt: skip
+    acc, total, peak = _forward_tiles(
+        acc, total, peak, q, positions, row_inner, k_base, v_base, keys, dropout, rest, end, rest_tiles * present,
+        k_strides, v_strides, scale_log2, D, DV, BLOCK, STEP, BLOCK_D, BLOCK_DV, DOT, True,
+    )  # fmt: skip
+    empty = (total == 0.0) | (positions >= n_layout_q)
+    norm = 1.0 / tl.where(empty, 1.0, total)
+    if seed is not None:
+        norm *= keep_scale
+    acc = tl.where(empty[:, None], 0.0, acc * norm[:, None])
+    store_rows(out_base, rows, inside, out_strides, acc, DV, BLOCK_DV)
+    natural = (peak + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453  # log(2)
+    tl.store(lse_base + rows, tl.where(empty, float("-inf"), natural), mask=inside)
 
 
 def forward(outputs: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> None:
@@ -132,10 +131,10 @@ def forward(outputs: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: T
         decode(call, out, lse, query, key, value)
         return
     config, constants = call.tiles("forward")
-    n_tiles, n_work, whole = call.row_work(config.own)
+    n_tiles, programs, whole = call.row_work(config.own)
     launch(
-        _forward, grid(call.device, config.num_warps, n_work), call.device, config.num_warps, config.num_stages,
+        _forward, programs, call.device, config.num_warps, config.num_stages,
         query, key, value, out, lse, *call.tensors(call.rows),
         query.stride(), key.stride(), value.stride(), out.stride(),
-        *call.scalars(call.rows, n_tiles, n_work, whole), **constants,
+        *call.scalars(call.rows, n_tiles, whole), **constants,
     )  # fmt: skip

@@ -42,20 +42,20 @@ TILES = {
         "forward": {64: (128, 64, 5), 128: (128, 32, 5), 256: (64, 16, 3)},
         "grad_query": {64: (128, 32, 5), 128: (64, 32, 5), 256: (64, 16, 3)},
         "grad_key_value": {64: (128, 32, 3), 128: (64, 16, 3), 256: (64, 16, 2)},
-        "double_rows": {64: (64, 32, 2), 128: (64, 16, 2), 256: (64, 16, 1)},
-        "double_columns": {64: (64, 32, 2), 128: (64, 16, 2), 256: (64, 16, 1)},
+        "double_rows": {64: (64, 16, 3), 128: (32, 16, 3), 256: (32, 16, 1)},
+        "double_columns": {64: (64, 16, 3), 128: (32, 16, 3), 256: (32, 16, 1)},
     },
     9: {
         "forward": {64: (128, 64, 5), 128: (128, 64, 5), 256: (64, 16, 5)},
         "grad_query": {64: (128, 64, 5), 128: (128, 32, 5), 256: (64, 16, 3)},
         "grad_key_value": {64: (128, 64, 5), 128: (128, 32, 3), 256: (64, 16, 3)},
-        "double_rows": {64: (64, 32, 3), 128: (64, 32, 3), 256: (64, 16, 2)},
-        "double_columns": {64: (64, 32, 3), 128: (64, 32, 3), 256: (64, 16, 2)},
+        "double_rows": {64: (64, 32, 3), 128: (32, 16, 3), 256: (32, 16, 1)},
+        "double_columns": {64: (64, 32, 3), 128: (32, 32, 3), 256: (32, 16, 1)},
     },
 }
 
 
-def tiles(kernel: str, capability: int, head_dim: int, block_size: int, itemsize: int) -> Tiles:
+def tiles(kernel: str, capability: int, head_dim: int, block_size: int, itemsize: int, dropout: bool) -> Tiles:
     """The launch configuration of a kernel.
 
     Args:
@@ -63,6 +63,7 @@ def tiles(kernel: str, capability: int, head_dim: int, block_size: int, itemsize
         capability: the GPU's major compute capability.
         head_dim: the larger of the padded head sizes.
         itemsize: bytes an element.
+        dropout: whether the kernel draws random numbers.
     """
     if kernel == "decode":
         # At most 64 heads of a group, 16 of them in an instruction. Nothing is computed twice and little is computed:
@@ -74,6 +75,11 @@ def tiles(kernel: str, capability: int, head_dim: int, block_size: int, itemsize
     # Only data-centre Hopper (9) and Blackwell (10) have the shared memory that row 9 asks for.
     own, step, num_stages = TILES[9 if capability in (9, 10) else 8][kernel][max(64, head_dim)]
     own = min(own, block_size)
+    if dropout and kernel not in ("forward", "grad_query"):
+        step = max(16, step // 2)  # or the random numbers of a tile would spill
+    if kernel in ("double_rows", "double_columns"):
+        # So many tiles at once that a program owns few positions, and warps share their rows.
+        return Tiles(own, step, num_stages, 8 if kernel == "double_rows" and head_dim > 64 else 4)
     if own < 64:
         # Few warps share a tile's loads: a large one would take all their registers for addresses.
         step, num_stages = (16, 2) if kernel == "grad_key_value" else (max(16, min(step, 128 * own // head_dim)), 3)
@@ -103,17 +109,8 @@ def _capability(device: torch.device) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    # For the interpreter so few that in tests a program works on several tiles.
+    # For the interpreter few, so that in tests a row may be split or not.
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
-
-
-def grid(device: torch.device, num_warps: int, n_work: int) -> int:
-    """Programs that share ``n_work`` tiles, each taking one after the other.
-
-    As many as find room where a thread has 128 registers; where it has more the rest start as the first end.
-    """
-    resident = 16 // num_warps if device.type == "cuda" else 1
-    return min(n_work, multiprocessors(device) * resident)
 
 
 def decode_splits(device: torch.device, programs: int, most: int) -> int:
@@ -165,7 +162,10 @@ class Call:
     def tiles(self, kernel: str) -> tuple[Tiles, dict[str, Any]]:
         """A kernel's tile sizes, and the constants that it is compiled for."""
         block_d, block_dv = padded(self.head_dim), padded(self.value_dim)
-        config = tiles(kernel, _capability(self.device), max(block_d, block_dv), self.block_size, self.dtype.itemsize)
+        config = tiles(
+            kernel, _capability(self.device), max(block_d, block_dv), self.block_size, self.dtype.itemsize,
+            self.seed is not None,
+        )  # fmt: skip
         return config, {
             "D": self.head_dim, "DV": self.value_dim, "BLOCK_D": block_d, "BLOCK_DV": block_dv,
             "BLOCK": self.block_size, "OWN": config.own, "STEP": config.step, "DOT": _DOT[self.dtype],
@@ -175,15 +175,15 @@ class Call:
         """What a kernel takes before its strides: lists, table, order, padding, start, seed."""
         return side.lists, self.table, self.order, self.padding, self.start, self.seed
 
-    def scalars(self, side: Side, n_tiles: int, n_work: int, whole: bool) -> tuple[int | float, ...]:
+    def scalars(self, side: Side, n_tiles: int, whole: bool) -> tuple[int | float, ...]:
         """What a kernel takes after its strides: n_batch, n_heads, group, n_q, n_k, query_start, n_layout_q, n_lines,
-        n_tiles, n_work, whole, causal, ragged, list_step, order_step, threshold, keep_scale, scale.
+        n_tiles, whole, causal, ragged, list_step, order_step, threshold, keep_scale, scale.
         """
         # A start that is read on the GPU may put queries past the keys that are there.
         ragged = self.start is not None and self.n_k < self.layout_n_k
         return (
             self.batch, self.heads, self.group, self.n_q, self.n_k, self.query_start, self.layout_n_q, side.n_lines,
-            n_tiles, n_work, int(whole), self.causal, int(ragged), self.list_step, self.order_step, self.threshold,
+            n_tiles, int(whole), self.causal, int(ragged), self.list_step, self.order_step, self.threshold,
             self.keep_scale, self.scale,
         )  # fmt: skip
 

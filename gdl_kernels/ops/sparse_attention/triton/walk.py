@@ -9,8 +9,8 @@ import triton.language as tl
 
 #: Kernel arguments of which Triton makes no variants (of 1, of multiples of 16), so that a new length compiles nothing.
 SCALARS = (
-    "start", "seed", "n_batch", "n_heads", "group", "summed", "sharing", "n_q", "n_k", "query_start", "n_layout_q", "n_lines",
-    "n_tiles", "n_work", "n_splits", "whole", "causal", "ragged", "list_step", "order_step", "threshold",
+    "start", "seed", "n_batch", "n_heads", "n_q", "n_k", "query_start", "n_layout_q", "n_lines",
+    "n_tiles", "n_splits", "whole", "causal", "ragged", "list_step", "order_step", "threshold",
 )  # fmt: skip
 
 
