@@ -27,8 +27,8 @@ def _decode(
     D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, MEMBERS: tl.constexpr, STEP: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    # A program owns one query position of MEMBERS heads, among the ``sharing`` heads that share keys and list, and every
-    # ``n_splits``-th tile of that list.
+    # A program owns one query position of MEMBERS heads, among the ``sharing`` heads that share keys and list, and
+    # every ``n_splits``-th tile of that list.
     split = tl.program_id(0) % n_splits
     row = tl.program_id(0) // n_splits % n_q
     team = tl.program_id(0) // n_splits // n_q

@@ -157,9 +157,9 @@ def key_tile(keys, first, last, tile, BLOCK: tl.constexpr, STEP: tl.constexpr):
     return positions, inner, inside
 
 
-# A packed word of the mask table covers 32 columns of a row. The next two functions load a word once for each row and let
-# every lane of the tile pick its bit: no pointer for each element of the tile, which would cost more than the scores.
-# A full block that fills no whole tile has mask -1, all ones.
+# A packed word of the mask table covers 32 columns of a row. The next two functions load a word once for each row and
+# let every lane of the tile pick its bit: no pointer for each element of the tile, which would cost more than the
+# scores. A full block that fills no whole tile has mask -1, all ones.
 
 
 @triton.jit
