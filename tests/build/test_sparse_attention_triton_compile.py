@@ -152,6 +152,9 @@ def test_resources(
                 instruction = PRODUCT[80 if few_rows else target]
                 assert instruction in kernel.asm["ptx"], f"{name} does not use {instruction}"
                 assert "cp.async" in kernel.asm["ptx"], f"{name} is not pipelined"
+            if name in ("_forward", "_grad_query", "_grad_key_value"):
+                by_copy_engine = "cp.async.bulk.tensor" in kernel.asm["ptx"]
+                assert by_copy_engine == (target >= 90), f"{name} loads its tiles the other way"
 
 
 def start_of(value: int) -> Tensor:

@@ -20,10 +20,12 @@ from .walk import (
     list_bounds,
     list_tile,
     load_rows,
+    load_tile,
     n_seen_keys,
     own_tile,
     positions_of,
     store_rows,
+    tile_start,
 )
 
 
@@ -54,16 +56,23 @@ def _row_terms(
 
 @triton.jit
 def _grad_query_tiles(
-    acc, q, g, row_lse, row_delta, positions, row_inner, key, value, keys, dropout, first, last, n_tiles,
-    k_strides, v_strides, scale_log2,
+    acc, q, g, row_lse, row_delta, positions, row_inner, key, value, key_tiles, value_tiles, batch, kv_head, keys,
+    dropout, first, last, n_tiles, k_strides, v_strides, scale_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, DOT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     LOAD_MASKED: tl.constexpr = MASKED or keys.padding is not None
     for tile in range(n_tiles):
         key_positions, inner, inside = key_tile(keys, first, last, tile, BLOCK, STEP)
-        k = load_rows(key, key_positions, inside, k_strides, D, BLOCK_D, LOAD_MASKED).to(DOT)
-        v = load_rows(value, key_positions, inside, v_strides, DV, BLOCK_DV, LOAD_MASKED).to(DOT)
+        start = 0
+        if key_tiles is not None or value_tiles is not None:
+            start = tile_start(keys.lists.blocks, first, tile, BLOCK, STEP)
+        k = load_tile(
+            key, key_tiles, batch, kv_head, start, key_positions, inside, k_strides, D, BLOCK_D, LOAD_MASKED
+        ).to(DOT)  # fmt: skip
+        v = load_tile(
+            value, value_tiles, batch, kv_head, start, key_positions, inside, v_strides, DV, BLOCK_DV, LOAD_MASKED
+        ).to(DOT)  # fmt: skip
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [OWN, STEP]
         weights = tl.exp2(scores - row_lse[:, None])
         if MASKED:
@@ -82,7 +91,8 @@ def _grad_query_tiles(
 
 @triton.jit(do_not_specialize=SCALARS)
 def _grad_query(
-    query, key, value, grad_out, grad_query, delta, lse_log2, lists, table, order, padding, start, seed,
+    query, key, value, key_tiles, value_tiles, grad_out, grad_query, delta, lse_log2,
+    lists, table, order, padding, start, seed,
     q_strides, k_strides, v_strides, grad_strides, out_strides,
     n_batch, n_heads, group, n_q, n_k, query_start, n_layout_q, n_lines, n_tiles, whole, causal, ragged,
     list_step, order_step, threshold, keep_scale, scale,
@@ -128,13 +138,13 @@ def _grad_query(
     present = tl.max((inside & (positions < n_layout_q)).to(tl.int32), 0)  # as in _forward
     acc = tl.zeros([OWN, BLOCK_D], tl.float32)
     acc = _grad_query_tiles(
-        acc, q, g, row_lse, row_delta, positions, row_inner, k_base, v_base, keys, dropout, begin, end,
-        full_tiles * present, k_strides, v_strides, scale_log2,
+        acc, q, g, row_lse, row_delta, positions, row_inner, k_base, v_base, key_tiles, value_tiles, batch,
+        head // group, keys, dropout, begin, end, full_tiles * present, k_strides, v_strides, scale_log2,
         D, DV, BLOCK, STEP, BLOCK_D, BLOCK_DV, DOT, False,
     )  # fmt: skip
     acc = _grad_query_tiles(
-        acc, q, g, row_lse, row_delta, positions, row_inner, k_base, v_base, keys, dropout, rest, end,
-        rest_tiles * present, k_strides, v_strides, scale_log2,
+        acc, q, g, row_lse, row_delta, positions, row_inner, k_base, v_base, key_tiles, value_tiles, batch,
+        head // group, keys, dropout, rest, end, rest_tiles * present, k_strides, v_strides, scale_log2,
         D, DV, BLOCK, STEP, BLOCK_D, BLOCK_DV, DOT, True,
     )  # fmt: skip
     store_rows(out_base, rows, inside, out_strides, acc * scale, D, BLOCK_D)
@@ -142,8 +152,8 @@ def _grad_query(
 
 @triton.jit
 def _grad_key_value_tiles(
-    grad_k, grad_v, k, v, positions, own_start, query, grad_out, delta, lse_log2, lists, table, order, n_places,
-    dropout, first, last, n_tiles, q_strides, grad_strides, n_q, first_query, scale_log2,
+    grad_k, grad_v, k, v, positions, own_start, query, grad_out, query_tiles, grad_tiles, batch, head, delta, lse_log2,
+    lists, table, order, n_places, dropout, first, last, n_tiles, q_strides, grad_strides, n_q, first_query, scale_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, OWN: tl.constexpr, STEP: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, DOT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -152,8 +162,11 @@ def _grad_key_value_tiles(
         query_positions = positions_of(order, places, n_places)
         rows = query_positions - first_query
         inside = (rows >= 0) & (rows < n_q)  # [STEP]
-        q = load_rows(query, rows, inside, q_strides, D, BLOCK_D, True).to(DOT)
-        g = load_rows(grad_out, rows, inside, grad_strides, DV, BLOCK_DV, True).to(DOT)
+        start = 0
+        if query_tiles is not None or grad_tiles is not None:
+            start = tile_start(lists.blocks, first, tile, BLOCK, STEP) - first_query
+        q = load_tile(query, query_tiles, batch, head, start, rows, inside, q_strides, D, BLOCK_D, True).to(DOT)
+        g = load_tile(grad_out, grad_tiles, batch, head, start, rows, inside, grad_strides, DV, BLOCK_DV, True).to(DOT)
         row_lse = tl.load(lse_log2 + rows, mask=inside, other=float("inf"))  # weight 0 for rows outside
         row_delta = tl.load(delta + rows, mask=inside, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2  # [OWN, STEP], keys by queries
@@ -175,7 +188,8 @@ def _grad_key_value_tiles(
 
 @triton.jit(do_not_specialize=SCALARS)
 def _grad_key_value(
-    query, key, value, grad_out, grad_key, grad_value, delta, lse_log2, lists, table, order, padding, start, seed,
+    query, key, value, grad_out, query_tiles, grad_tiles, grad_key, grad_value, delta, lse_log2,
+    lists, table, order, padding, start, seed,
     q_strides, k_strides, v_strides, grad_strides, grad_k_strides, grad_v_strides,
     n_batch, n_heads, group, n_q, n_k, query_start, n_layout_q, n_lines, n_tiles, whole, causal, ragged,
     list_step, order_step, threshold, keep_scale, scale, summed,
@@ -217,15 +231,15 @@ def _grad_key_value(
         line = head * list_step * n_lines + own // (BLOCK // OWN)
         begin, full_tiles, rest, rest_tiles, end = list_bounds(lists, line, 0, BLOCK, STEP)
         grad_k, grad_v = _grad_key_value_tiles(
-            grad_k, grad_v, k, v, positions, own * OWN % BLOCK, q_base, g_base, delta + row, lse_log2 + row,
-            lists, table, head_order, n_layout_q, dropout, begin, end, full_tiles * present,
-            q_strides, grad_strides, n_q, first_query, scale_log2,
+            grad_k, grad_v, k, v, positions, own * OWN % BLOCK, q_base, g_base, query_tiles, grad_tiles, batch, head,
+            delta + row, lse_log2 + row, lists, table, head_order, n_layout_q, dropout,
+            begin, end, full_tiles * present, q_strides, grad_strides, n_q, first_query, scale_log2,
             D, DV, BLOCK, OWN, STEP, BLOCK_D, BLOCK_DV, DOT, False,
         )  # fmt: skip
         grad_k, grad_v = _grad_key_value_tiles(
-            grad_k, grad_v, k, v, positions, own * OWN % BLOCK, q_base, g_base, delta + row, lse_log2 + row,
-            lists, table, head_order, n_layout_q, dropout, rest, end, rest_tiles * present,
-            q_strides, grad_strides, n_q, first_query, scale_log2,
+            grad_k, grad_v, k, v, positions, own * OWN % BLOCK, q_base, g_base, query_tiles, grad_tiles, batch, head,
+            delta + row, lse_log2 + row, lists, table, head_order, n_layout_q, dropout,
+            rest, end, rest_tiles * present, q_strides, grad_strides, n_q, first_query, scale_log2,
             D, DV, BLOCK, OWN, STEP, BLOCK_D, BLOCK_DV, DOT, True,
         )  # fmt: skip
     if seed is not None:
@@ -263,7 +277,8 @@ def backward(
     n_tiles, programs, whole = call.row_work(config.own)
     launch(
         _grad_query, programs, call.device, config.num_warps, config.num_stages,
-        query, key, value, grad_out, grad_query, delta, lse_log2, *call.tensors(call.rows),
+        query, key, value, *call.key_descriptors(key, value, config.step), grad_out, grad_query, delta, lse_log2,
+        *call.tensors(call.rows),
         query.stride(), key.stride(), value.stride(), grad_out.stride(), grad_query.stride(),
         *call.scalars(call.rows, n_tiles, whole), **constants,
     )  # fmt: skip
@@ -273,9 +288,9 @@ def backward(
     n_tiles, programs, whole = call.column_work(config.own, summed)
     with call.summed_over_groups(grad_key, grad_value) as (partial_key, partial_value):
         launch(
-            _grad_key_value, programs, call.device,
-            config.num_warps, config.num_stages,
-            query, key, value, grad_out, partial_key, partial_value, delta, lse_log2, *call.tensors(call.columns),
+            _grad_key_value, programs, call.device, config.num_warps, config.num_stages,
+            query, key, value, grad_out, *call.query_descriptors(query, grad_out, config.step),
+            partial_key, partial_value, delta, lse_log2, *call.tensors(call.columns),
             query.stride(), key.stride(), value.stride(), grad_out.stride(),
             partial_key.stride(), partial_value.stride(),
             *call.scalars(call.columns, n_tiles, whole), summed, **constants,

@@ -314,8 +314,7 @@ def double_backward(
     n_tiles, programs, whole = call.column_work(config.own, summed)
     with call.summed_over_groups(grad_key, grad_value) as (partial_key, partial_value):
         launch(
-            _double_columns, programs, call.device,
-            config.num_warps, config.num_stages,
+            _double_columns, programs, call.device, config.num_warps, config.num_stages,
             *given, lse, delta, grad_grad_lse, rho, partial_key, partial_value, *call.tensors(call.columns),
             *strides, partial_key.stride(), partial_value.stride(),
             *call.scalars(call.columns, n_tiles, whole), summed, **constants,

@@ -19,24 +19,31 @@ from .walk import (
     key_tile,
     list_bounds,
     load_rows,
+    load_tile,
     n_seen_keys,
     own_tile,
     positions_of,
     store_rows,
+    tile_start,
 )
 
 
 @triton.jit
 def _forward_tiles(
-    acc, total, peak, q, positions, row_inner, key, value, keys, dropout, first, last, n_tiles, k_strides, v_strides,
-    scale_log2,
+    acc, total, peak, q, positions, row_inner, key, value, key_tiles, value_tiles, batch, kv_head, keys, dropout,
+    first, last, n_tiles, k_strides, v_strides, scale_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, DOT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     LOAD_MASKED: tl.constexpr = MASKED or keys.padding is not None
     for tile in range(n_tiles):
         key_positions, inner, inside = key_tile(keys, first, last, tile, BLOCK, STEP)
-        k = load_rows(key, key_positions, inside, k_strides, D, BLOCK_D, LOAD_MASKED)
+        start = 0
+        if key_tiles is not None:
+            start = tile_start(keys.lists.blocks, first, tile, BLOCK, STEP)
+        k = load_tile(
+            key, key_tiles, batch, kv_head, start, key_positions, inside, k_strides, D, BLOCK_D, LOAD_MASKED
+        )  # fmt: skip
         scores = tl.dot(q, tl.trans(k.to(DOT)), input_precision="ieee") * scale_log2  # [OWN, STEP]
         if MASKED:
             kept = kept_keys(keys.lists, keys.table, first, last, tile, row_inner, inner, BLOCK, STEP)
@@ -52,7 +59,9 @@ def _forward_tiles(
         total = total * decay + tl.sum(weights, 1)
         if dropout.seed is not None:
             weights = tl.where(survives(dropout, positions, key_positions, keys.order is None), weights, 0.0)
-        v = load_rows(value, key_positions, inside, v_strides, DV, BLOCK_DV, LOAD_MASKED)
+        v = load_tile(
+            value, value_tiles, batch, kv_head, start, key_positions, inside, v_strides, DV, BLOCK_DV, LOAD_MASKED
+        )  # fmt: skip
         acc = tl.dot(weights.to(DOT), v.to(DOT), acc * decay[:, None], input_precision="ieee")
         peak = new_peak
     return acc, total, peak
@@ -60,7 +69,7 @@ def _forward_tiles(
 
 @triton.jit(do_not_specialize=SCALARS)
 def _forward(
-    query, key, value, out, lse, lists, table, order, padding, start, seed,
+    query, key, value, key_tiles, value_tiles, out, lse, lists, table, order, padding, start, seed,
     q_strides, k_strides, v_strides, out_strides,
     n_batch, n_heads, group, n_q, n_k, query_start, n_layout_q, n_lines, n_tiles, whole, causal, ragged,
     list_step, order_step, threshold, keep_scale, scale,
@@ -106,12 +115,14 @@ def _forward(
     total = tl.zeros([OWN], tl.float32)
     peak = tl.full([OWN], float("-inf"), tl.float32)
     acc, total, peak = _forward_tiles(
-        acc, total, peak, q, positions, row_inner, k_base, v_base, keys, dropout, begin, end, full_tiles * present,
-        k_strides, v_strides, scale_log2, D, DV, BLOCK, STEP, BLOCK_D, BLOCK_DV, DOT, False,
+        acc, total, peak, q, positions, row_inner, k_base, v_base, key_tiles, value_tiles, batch, head // group, keys,
+        dropout, begin, end, full_tiles * present, k_strides, v_strides, scale_log2,
+        D, DV, BLOCK, STEP, BLOCK_D, BLOCK_DV, DOT, False,
     )  # fmt: skip
     acc, total, peak = _forward_tiles(
-        acc, total, peak, q, positions, row_inner, k_base, v_base, keys, dropout, rest, end, rest_tiles * present,
-        k_strides, v_strides, scale_log2, D, DV, BLOCK, STEP, BLOCK_D, BLOCK_DV, DOT, True,
+        acc, total, peak, q, positions, row_inner, k_base, v_base, key_tiles, value_tiles, batch, head // group, keys,
+        dropout, rest, end, rest_tiles * present, k_strides, v_strides, scale_log2,
+        D, DV, BLOCK, STEP, BLOCK_D, BLOCK_DV, DOT, True,
     )  # fmt: skip
     empty = (total == 0.0) | (positions >= n_layout_q)
     norm = 1.0 / tl.where(empty, 1.0, total)
@@ -134,7 +145,7 @@ def forward(outputs: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: T
     n_tiles, programs, whole = call.row_work(config.own)
     launch(
         _forward, programs, call.device, config.num_warps, config.num_stages,
-        query, key, value, out, lse, *call.tensors(call.rows),
+        query, key, value, *call.key_descriptors(key, value, config.step), out, lse, *call.tensors(call.rows),
         query.stride(), key.stride(), value.stride(), out.stride(),
         *call.scalars(call.rows, n_tiles, whole), **constants,
     )  # fmt: skip

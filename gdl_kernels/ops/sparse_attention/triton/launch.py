@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .... import _native
 from .walk import Lists
@@ -121,6 +122,15 @@ def decode_splits(device: torch.device, programs: int, most: int) -> int:
     return max(1, min(most, 4 * multiprocessors(device) // max(1, programs)))
 
 
+def _descriptor(tensor: Tensor, positions: int, step: int) -> TensorDescriptor | None:
+    batch, heads, _, features = tensor.shape
+    strides, size = tensor.stride(), tensor.element_size()
+    aligned = tensor.data_ptr() % 16 == 0 and all(s > 0 and s * size % 16 == 0 for s in strides[:-1])
+    if not aligned or strides[-1] != 1 or features != padded(features) or not batch * positions:
+        return None
+    return TensorDescriptor(tensor, [batch, heads, positions, features], list(strides), [1, 1, step, features])
+
+
 class Side(NamedTuple):
     """The lists that a kernel walks: a layout's rows or its columns.
 
@@ -170,6 +180,25 @@ class Call:
             "D": self.head_dim, "DV": self.value_dim, "BLOCK_D": block_d, "BLOCK_DV": block_dv,
             "BLOCK": self.block_size, "OWN": config.own, "STEP": config.step, "DOT": _DOT[self.dtype],
         }  # fmt: skip
+
+    def key_descriptors(self, key: Tensor, value: Tensor, step: int) -> tuple[TensorDescriptor | None, ...]:
+        """What the copy engine of sm_90 and later loads ``step`` keys and values by; None where it can't.
+
+        It loads consecutive positions, and leaves out none but those past the keys that are seen.
+        """
+        n_seen = min(self.n_k, self.query_start + self.n_q) if self.causal else self.n_k
+        able = self._has_copy_engine(step) and self.padding is None
+        return tuple(_descriptor(t, n_seen, step) if able else None for t in (key, value))
+
+    def query_descriptors(self, query: Tensor, grad_out: Tensor, step: int) -> tuple[TensorDescriptor | None, ...]:
+        """The same for queries and for the gradient of the output."""
+        able = self._has_copy_engine(step)
+        return tuple(_descriptor(t, self.n_q, step) if able else None for t in (query, grad_out))
+
+    def _has_copy_engine(self, step: int) -> bool:
+        if _capability(self.device) < 9 or self.dtype.itemsize != 2:
+            return False
+        return self.order is None and self.start is None and step <= self.block_size
 
     def tensors(self, side: Side) -> tuple[Any, ...]:
         """What a kernel takes before its strides: lists, table, order, padding, start, seed."""

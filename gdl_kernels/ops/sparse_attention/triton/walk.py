@@ -59,6 +59,21 @@ def load_rows(base, rows, inside, strides, D: tl.constexpr, BLOCK_D: tl.constexp
 
 
 @triton.jit
+def load_tile(
+    base, descriptor, batch, head, start, rows, inside, strides, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    # The rows of a tile of the list: through the copy engine of sm_90 and later where the launcher made a descriptor,
+    # which stands for the whole tensor. Then they are consecutive from ``start`` on, and 0 outside.
+    if descriptor is not None:
+        tile = descriptor.load([batch.to(tl.int32), head.to(tl.int32), start, 0])
+        tile = tl.reshape(tile, [tile.shape[2], tile.shape[3]])
+    else:
+        tile = load_rows(base, rows, inside, strides, D, BLOCK_D, MASKED)
+    return tile  # [rows, BLOCK_D]
+
+
+@triton.jit
 def store_rows(base, rows, inside, strides, tile, D: tl.constexpr, BLOCK_D: tl.constexpr):
     features = tl.arange(0, BLOCK_D).to(tl.int64)
     pointers = base + rows.to(tl.int64)[:, None] * strides[2] + features[None, :] * strides[3]
@@ -144,6 +159,12 @@ def list_tile(blocks, first, last, tile, BLOCK: tl.constexpr, STEP: tl.constexpr
         places = tl.load(blocks + item, mask=item < last, other=0) * BLOCK + inner
         places = tl.where(item < last, places, 2147483647)
     return places, inner
+
+
+@triton.jit
+def tile_start(blocks, first, tile, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    # The first place of a tile that is a part of one block.
+    return tl.load(blocks + first + tile // (BLOCK // STEP)) * BLOCK + tile % (BLOCK // STEP) * STEP
 
 
 @triton.jit
