@@ -78,6 +78,12 @@ class Layout:
         n = torch.arange(self.order.shape[1], dtype=torch.int32, device=self.order.device)
         places = torch.empty_like(self.order).scatter_(1, self.order.long(), n.expand_as(self.order))
         object.__setattr__(self, "places", places)
+        # To torch.compile sizes are data. Else two that happen to be equal would be tied, or one that has not changed
+        # yet fixed, and a later layout would compile anew. Of a view it looks at the base too.
+        for tensor in self.tensors():
+            for marked in (tensor, tensor._base):
+                if marked is not None:
+                    torch._dynamo.maybe_mark_dynamic(marked, list(range(marked.dim())))
 
     @property
     def q_blocks(self) -> int:

@@ -4,71 +4,75 @@
 // the kept keys of one line of the layout, for the queries of one key head that are in that line; its partial result, a
 // row's maximum, sum and output, is merged with the others of that row. The ranges hang on the layout alone, so that
 // any number of threads gives the same bits.
-#pragma once
-
 #include <algorithm>
 #include <vector>
 
+#include "sparse_attention.h"
 #include "sparse_attention_softmax.h"
 #include "sparse_attention_tiles.h"
 
 namespace gdl {
+namespace {
 
-// With more queries, packing pays. Measured on a Xeon with AVX-512 at 2.8 GHz, 16384 keys, 64 features.
-constexpr std::int64_t kQueriesToDecode = 8;
 constexpr std::int64_t kKeysOfTask = 2048;
+// Rows that every query of a task uses before the next ones are looked at.
+constexpr int kRowsInCache = 64;
 
-// A vector of contiguous numbers, widened.
-template <typename E, typename T = accumulator_t<E>>
-inline Vec<T> load_widened(const E* from) {
-  if constexpr (std::is_same_v<E, T>) {
-    return load(from);
-  } else if constexpr (std::is_same_v<E, bfloat16>) {
-    typedef std::uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
-    typedef std::uint32_t Whole __attribute__((vector_size(kVectorBytes)));
-    Half bits;
-    std::memcpy(&bits, from, sizeof bits);
-    return (Vec<T>)(__builtin_convertvector(bits, Whole) << 16);
-  } else {
-    T wide[kWidth<T>];
-    load(from, wide, kWidth<T>);
-    return load(wide);
-  }
+// Rows of keys or values, a pointer to each, and what comes after them, which is fetched meanwhile: alone, neither the
+// products nor the memory would be busy all the time.
+template <typename E>
+struct RowPointers {
+  const E* const* rows;
+  int count;  // a multiple of the vector's width
+  int features;
+};
+
+template <typename F>
+void fetch(const RowPointers<F>& next, int row) {
+  if (row < next.count)
+    for (int v = 0; v < next.features; v += 64 / static_cast<int>(sizeof(F)))
+      __builtin_prefetch(next.rows[row] + v, 0, 2);
 }
 
-// scores[j] = <query, keys[j]>, count a multiple of the vector's width. What comes next is fetched meanwhile.
-template <typename E, typename T = accumulator_t<E>>
-void scores_of_keys(const E* const* keys, int count, int features, const T* query, T* scores) {
+// scores[j] = <query, keys[j]>
+template <typename E, typename F, typename T = accumulator_t<E>>
+void scores_of_keys(const RowPointers<E>& keys, const T* query, T* scores, const RowPointers<F>& next) {
   constexpr int width = kWidth<T>;
-  for (int j = 0; j < count; j += width) {
-    Vec<T> sums[width] = {};
-    for (int v = 0; v < features; v += width) {
+  for (int j = 0; j < keys.count; j += width) {
+    for (int i = 0; i < width; ++i) fetch(next, j + i);
+    Vec<T> sums[width];
+#pragma GCC unroll 16
+    for (int i = 0; i < width; ++i) sums[i] = Vec<T>{};
+    for (int v = 0; v < keys.features; v += width) {
       const Vec<T> q = load(query + v);
 #pragma GCC unroll 16
-      for (int i = 0; i < width; ++i) sums[i] += q * load_widened(keys[j + i] + v);
+      for (int i = 0; i < width; ++i) sums[i] += q * load_widened(keys.rows[j + i] + v);
     }
     store<T>(scores + j, reduce_sums<T>(sums));
   }
 }
 
-// out += weights * values
-template <typename E, typename T, int vectors>
-void add_weighted(const E* const* values, int count, const T* weights, T* out, int v) {
+template <typename E, typename F, typename T, int vectors>
+void add_weighted(const RowPointers<E>& values, int v, const T* weights, T* out, const RowPointers<F>& next) {
   Vec<T> sums[vectors];
 #pragma GCC unroll 4
   for (int i = 0; i < vectors; ++i) sums[i] = load(out + v + i * kWidth<T>);
-  for (int j = 0; j < count; ++j)
+  for (int j = 0; j < values.count; ++j) {
+    fetch(next, j);
 #pragma GCC unroll 4
-    for (int i = 0; i < vectors; ++i) sums[i] += weights[j] * load_widened(values[j] + v + i * kWidth<T>);
+    for (int i = 0; i < vectors; ++i) sums[i] += weights[j] * load_widened(values.rows[j] + v + i * kWidth<T>);
+  }
 #pragma GCC unroll 4
   for (int i = 0; i < vectors; ++i) store<T>(out + v + i * kWidth<T>, sums[i]);
 }
 
-template <typename E, typename T = accumulator_t<E>>
-void add_weighted_values(const E* const* values, int count, int features, const T* weights, T* out) {
+// out += weights * values
+template <typename E, typename F, typename T = accumulator_t<E>>
+void add_weighted_values(const RowPointers<E>& values, const T* weights, T* out, RowPointers<F> next) {
   int v = 0;
-  for (; v + 4 * kWidth<T> <= features; v += 4 * kWidth<T>) add_weighted<E, T, 4>(values, count, weights, out, v);
-  for (; v < features; v += kWidth<T>) add_weighted<E, T, 1>(values, count, weights, out, v);
+  for (; v + 4 * kWidth<T> <= values.features; v += 4 * kWidth<T>, next.count = 0)
+    add_weighted<E, F, T, 4>(values, v, weights, out, next);
+  for (; v < values.features; v += kWidth<T>, next.count = 0) add_weighted<E, F, T, 1>(values, v, weights, out, next);
 }
 
 // Queries of one key head in one line of the layout, and one order.
@@ -78,7 +82,7 @@ struct DecodedLine {
   std::vector<int> bit_rows;
 };
 
-inline std::vector<DecodedLine> decoded_lines(const Attention& call, const Geometry& geometry) {
+std::vector<DecodedLine> decoded_lines(const Attention& call, const Geometry& geometry) {
   std::vector<DecodedLine> lines;
   const bool shared = std::max(call.layout_heads, call.order_heads) <= 1;
   for (std::int64_t kv_head = 0; kv_head < call.kv_heads; ++kv_head) {
@@ -131,22 +135,26 @@ void decode(const Attention& call, const Strided& query, const Strided& key, con
 
   Buffer<T> partial_out = make_buffer<T>(call.batch * rows * value_dim);
   Buffer<T> partial_maximum = make_buffer<T>(call.batch * rows), partial_sum = make_buffer<T>(call.batch * rows);
-  // Rows of whole vectors are read in place; others are widened into scratch first.
-  const bool keys_in_place = key.feature == 1 && call.head_dim == head_dim;
-  const bool values_in_place = value.feature == 1 && call.value_dim == value_dim;
-
+  struct Part {
+    int keys, tiles;
+    std::int64_t positions[kKeysAtOnce];
+    const E *key_rows[kKeysAtOnce], *value_rows[kKeysAtOnce];
+  };
   struct Scratch {
-    Buffer<T> queries, scores, keys, values, kept;
-    Buffer<E> nothing;
+    Buffer<T> queries, scores, wide, kept;
+    const T* wide_rows[kRowsInCache];
+    Buffer<E> zeros;
+    Part parts[2];
   };
   const auto make_scratch = [&] {
     Scratch s{make_buffer<T>(kMaxTile * head_dim),
               make_buffer<T>(kMaxTile * kScoresStride),
-              make_buffer<T>(keys_in_place ? 0 : kKeysAtOnce * head_dim),
-              make_buffer<T>(values_in_place ? 0 : kKeysAtOnce * value_dim),
-              make_buffer<T>(call.dropout_p > 0 ? kMaxTile * tile : 0),
-              make_buffer<E>(std::max(head_dim, value_dim))};
-    std::memset(s.nothing.get(), 0, std::max(head_dim, value_dim) * sizeof(E));
+              make_buffer<T>(kRowsInCache * std::max(head_dim, value_dim)),
+              make_buffer<T>(call.dropout_p > 0 ? tile : 0),
+              {},
+              make_buffer<E>(std::max(head_dim, value_dim)),
+              {}};
+    std::memset(s.zeros.get(), 0, std::max(head_dim, value_dim) * sizeof(E));
     return s;
   };
   const auto count = static_cast<std::int64_t>(tasks.size());
@@ -166,70 +174,98 @@ void decode(const Attention& call, const Strided& query, const Strided& key, con
       load_features<E>(query, batch, line.heads[i], line.queries[i], call.head_dim, to, head_dim);
       for (int v = 0; v < head_dim; v += kWidth<T>) store<T>(to + v, load(to + v) * scale);
     }
-    for (std::int64_t begin = task.begin; begin < task.end; begin += tiles_at_once) {
-      const int tiles = static_cast<int>(std::min<std::int64_t>(tiles_at_once, task.end - begin)), keys = tiles * tile;
-      std::int64_t positions[kKeysAtOnce];
-      const E *key_rows[kKeysAtOnce], *value_rows[kKeysAtOnce];
-      const T *wide_keys[kKeysAtOnce], *wide_values[kKeysAtOnce];
-      for (int k = 0; k < tiles; ++k) {
+    // Rows of whole vectors are read in place; but several queries share the work of widening.
+    const bool as_they_are = std::is_same_v<E, T> || queries == 1;
+    const bool keys_in_place = as_they_are && key.feature == 1 && call.head_dim == head_dim;
+    const bool values_in_place = as_they_are && value.feature == 1 && call.value_dim == value_dim;
+
+    const auto find_keys = [&](std::int64_t begin, Part& part) {
+      part.tiles = static_cast<int>(std::min<std::int64_t>(tiles_at_once, task.end - begin));
+      part.keys = part.tiles * tile;
+      for (int k = 0; k < part.tiles; ++k) {
         const std::int64_t block = call.rows.blocks[(begin + k) / geometry.tiles_per_block];
         const std::int64_t place = block * call.block_size + (begin + k) % geometry.tiles_per_block * tile;
-        for (int j = 0; j < tile; ++j) positions[k * tile + j] = key_at(call, line.head, place + j);
-      }
-      for (int j = 0; j < keys; ++j) {
-        const std::int64_t seen = left_out(call, batch, positions[j]) ? -1 : positions[j];
-        const auto row_of = [&](const Strided& x) {
-          return seen < 0 ? s.nothing.get()
-                          : static_cast<const E*>(x.data) + batch * x.batch + line.kv_head * x.head + seen * x.position;
-        };
-        key_rows[j] = row_of(key), value_rows[j] = row_of(value);
-        if (!keys_in_place) {
-          wide_keys[j] = s.keys.get() + j * head_dim;
-          load_features<E>(key, batch, line.kv_head, seen, call.head_dim, s.keys.get() + j * head_dim, head_dim);
-        }
-        if (!values_in_place) {
-          wide_values[j] = s.values.get() + j * value_dim;
-          load_features<E>(value, batch, line.kv_head, seen, call.value_dim, s.values.get() + j * value_dim, value_dim);
-        }
-      }
-      for (int i = 0; i < queries; ++i) {
-        T* scores = s.scores.get() + i * kScoresStride;
-        if (keys_in_place)
-          scores_of_keys(key_rows, keys, head_dim, s.queries.get() + i * head_dim, scores);
+        if (call.order == nullptr && place + tile <= call.n_k)
+          for (int j = 0; j < tile; ++j) part.positions[k * tile + j] = place + j;
         else
-          scores_of_keys(wide_keys, keys, head_dim, s.queries.get() + i * head_dim, scores);
+          for (int j = 0; j < tile; ++j) part.positions[k * tile + j] = key_at(call, line.head, place + j);
       }
-      for (int k = 0; k < tiles; ++k) {
+      const auto rows_of = [&](const Strided& x, const E** to) {
+        const E* first = static_cast<const E*>(x.data) + batch * x.batch + line.kv_head * x.head;
+        for (int j = 0; j < part.keys; ++j)
+          to[j] = part.positions[j] < 0 ? s.zeros.get() : first + part.positions[j] * x.position;
+        if (call.key_padding_mask != nullptr)
+          for (int j = 0; j < part.keys; ++j)
+            if (left_out(call, batch, part.positions[j])) to[j] = s.zeros.get();
+      };
+      rows_of(key, part.key_rows), rows_of(value, part.value_rows);
+    };
+    // Calls work(rows, first, next) for some rows at a time, which stay in the L1 while every query uses them, widened
+    // first where they are not read in place. Features need not be contiguous.
+    const auto for_rows = [&](const Strided& x, bool in_place, const E* const* rows, int keys, std::int64_t features,
+                              const E* const* next_rows, int next_keys, int next_width, auto work) {
+      const int width = padded<T>(features);
+      for (int first = 0; first < keys; first += kRowsInCache) {
+        const int here = std::min(kRowsInCache, keys - first);
+        const RowPointers<E> next{next_rows + first, std::max(0, std::min(here, next_keys - first)), next_width};
+        if (in_place) {
+          work(RowPointers<E>{rows + first, here, width}, first, next);
+          continue;
+        }
+        for (int j = 0; j < here; ++j) {
+          T* to = s.wide.get() + j * width;
+          const E* from = rows[first + j];
+          const Strided one{const_cast<E*>(from), 0, 0, 0, x.feature};
+          load_features<E>(one, 0, 0, from == s.zeros.get() ? -1 : 0, features, to, width);
+          s.wide_rows[j] = to;
+        }
+        work(RowPointers<T>{s.wide_rows, here, width}, first, next);
+      }
+    };
+    if (task.begin < task.end) find_keys(task.begin, s.parts[0]);
+    for (std::int64_t begin = task.begin; begin < task.end; begin += tiles_at_once) {
+      const auto parity = (begin - task.begin) / tiles_at_once % 2;
+      const Part& part = s.parts[parity];
+      Part& next = s.parts[1 - parity];
+      const int keys = part.keys;
+      for_rows(key, keys_in_place, part.key_rows, keys, call.head_dim, part.value_rows, keys, value_dim,
+               [&](const auto& these, int first, RowPointers<E> fetched) {
+                 for (int i = 0; i < queries; ++i, fetched.count = 0)
+                   scores_of_keys(these, s.queries.get() + i * head_dim, s.scores.get() + i * kScoresStride + first,
+                                  fetched);
+               });
+      for (int k = 0; k < part.tiles; ++k) {
         const std::int64_t entry = (begin + k) / geometry.tiles_per_block;
-        T* scores = s.scores.get() + k * tile;
         if (entry >= call.rows.splits[line.line])
-          mask_scores(scores, kScoresStride, queries, tile,
+          mask_scores(s.scores.get() + k * tile, kScoresStride, queries, tile,
                       call.mask_table + std::int64_t(call.rows.masks[entry]) * call.block_size * geometry.words,
                       geometry.words, line.bit_rows.data(),
                       static_cast<int>((begin + k) % geometry.tiles_per_block) * tile);
       }
       if (call.key_padding_mask != nullptr) {
-        alignas(64) T bias[kKeysAtOnce];
+        T bias[kKeysAtOnce];
         for (int j = 0; j < keys; ++j)
-          bias[j] = left_out(call, batch, positions[j]) ? -std::numeric_limits<T>::infinity() : T(0);
+          bias[j] = left_out(call, batch, part.positions[j]) ? -std::numeric_limits<T>::infinity() : T(0);
         add_bias(s.scores.get(), kScoresStride, queries, keys, bias);
       }
       softmax_step(s.scores.get(), kScoresStride, queries, keys, maxima, sums, sum_out, value_dim);
       if (call.dropout_p > 0)
         for (int i = 0; i < queries; ++i)
-          for (int k = 0; k < tiles; ++k) {
+          for (int k = 0; k < part.tiles; ++k) {
             const std::int64_t position = call.query_start + line.queries[i];
-            dropout_multipliers(call, batch, line.heads[i], &position, 1, positions + k * tile, tile, T(1),
+            T* weights = s.scores.get() + i * kScoresStride + k * tile;
+            dropout_multipliers(call, batch, line.heads[i], &position, 1, part.positions + k * tile, tile, T(1),
                                 s.kept.get(), tile);
-            multiply(s.scores.get() + i * kScoresStride + k * tile, kScoresStride, s.kept.get(), tile, 1, tile);
+            multiply(weights, kScoresStride, s.kept.get(), tile, 1, tile);
           }
-      for (int i = 0; i < queries; ++i) {
-        const T* weights = s.scores.get() + i * kScoresStride;
-        if (values_in_place)
-          add_weighted_values(value_rows, keys, value_dim, weights, sum_out + i * value_dim);
-        else
-          add_weighted_values(wide_values, keys, value_dim, weights, sum_out + i * value_dim);
-      }
+      const bool more = begin + tiles_at_once < task.end;
+      if (more) find_keys(begin + tiles_at_once, next);
+      for_rows(value, values_in_place, part.value_rows, keys, call.value_dim, next.key_rows, more ? next.keys : 0,
+               head_dim, [&](const auto& these, int first, RowPointers<E> fetched) {
+                 for (int i = 0; i < queries; ++i, fetched.count = 0)
+                   add_weighted_values(these, s.scores.get() + i * kScoresStride + first, sum_out + i * value_dim,
+                                       fetched);
+               });
     }
   });
 
@@ -260,6 +296,13 @@ void decode(const Attention& call, const Strided& query, const Strided& key, con
         lse[(batch * call.heads + head) * call.n_q + q] =
             empty ? maximum : static_cast<T>(kLn2) * (maximum + std::log2(sum));
       }
+}
+
+}  // namespace
+
+void sparse_attention_decode(const std::string& dtype, const Attention& call, const Strided& query, const Strided& key,
+                             const Strided& value, const Strided& out, void* lse) {
+  dispatch(dtype, [&](auto type) { decode<typename decltype(type)::type>(call, query, key, value, out, lse); });
 }
 
 }  // namespace gdl
