@@ -8,15 +8,11 @@
 #include <algorithm>
 #include <vector>
 
+#include "sparse_attention_softmax.h"
 #include "sparse_attention_tiles.h"
 
 namespace gdl {
 namespace {
-
-// Keys whose scores are kept at once. 64 rows of them are 64 KB in float: with the panels they stay in a 1 MB L2.
-constexpr int kKeysAtOnce = 256;
-// A row more than a power of two apart, or the rows of a tile would share a few sets of the L1 cache.
-constexpr int kScoresStride = kKeysAtOnce + 16;
 
 // What the products of elements E are made of.
 template <typename E>
@@ -179,49 +175,6 @@ inline void scale_scores(float* scores, int rows, int columns, float scale) {
     }
 }
 
-// One step of the online softmax: scores become exp2(score - maximum), and sums and outputs are brought to the new
-// maximum.
-template <typename T>
-void softmax_step(T* scores, int rows, int columns, T* maxima, T* sums, T* out, int value_dim) {
-  constexpr T nothing = -std::numeric_limits<T>::infinity();
-  T largest[kMaxTile];
-  for (int i = 0; i < rows; ++i) {
-    const T* row = scores + i * kScoresStride;
-    Vec<T> top = load(row);
-    for (int v = kWidth<T>; v < columns; v += kWidth<T>) top = maximum<T>(top, load(row + v));
-    largest[i] = reduce_maximum<T>(top);
-  }
-  for (int i = 0; i < rows; ++i) {
-    T* row = scores + i * kScoresStride;
-    T maximum = largest[i] > maxima[i] ? largest[i] : maxima[i];
-    if (maximum == nothing) {
-      // Nothing is kept so far, unless NaN hid from the comparisons: that has to reach the output.
-      bool nan = false;
-      for (int j = 0; j < columns; ++j) nan |= row[j] != row[j];
-      if (!nan) {
-        std::fill(row, row + columns, T(0));
-        continue;
-      }
-      maximum = 0;
-    }
-    const Vec<T> base = broadcast(maximum);
-    Vec<T> total = {};
-    for (int v = 0; v < columns; v += kWidth<T>) {
-      const Vec<T> p = exp2<T>(load(row + v) - base);
-      store<T>(row + v, p);
-      total += p;
-    }
-    if (maximum != maxima[i]) {
-      const T shrink = exp2<T>(broadcast<T>(maxima[i] - maximum))[0];
-      sums[i] *= shrink;
-      for (int v = 0; v < value_dim; v += kWidth<T>)
-        store<T>(out + i * value_dim + v, load(out + i * value_dim + v) * shrink);
-      maxima[i] = maximum;
-    }
-    sums[i] += reduce_sum<T>(total);
-  }
-}
-
 template <typename T, typename X>
 struct Scratch {
   Buffer<T> rows, scores, kept, out;
@@ -316,7 +269,7 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
           if (panels.biased[panel]) add_bias(scores, kScoresStride, rows, tile, panels.bias.get() + panel * tile);
         }
       }
-      softmax_step(s.scores.get(), rows, count * tile, s.maxima, s.sums, s.out.get(), value_dim);
+      softmax_step(s.scores.get(), kScoresStride, rows, count * tile, s.maxima, s.sums, s.out.get(), value_dim);
       if (call.dropout_p > 0)
         for (int k = 0; k < count; ++k) {
           const std::int64_t block = call.rows.blocks[(begin + k) / geometry.tiles_per_block];
@@ -349,6 +302,7 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
 
 void sparse_attention_forward(const std::string& dtype, const Attention& call, const Strided& query, const Strided& key,
                               const Strided& value, const Strided& out, void* lse) {
+  if (call.n_q <= kQueriesToDecode) return sparse_attention_decode(dtype, call, query, key, value, out, lse);
   dispatch(dtype, [&](auto type) { forward<typename decltype(type)::type>(call, query, key, value, out, lse); });
 }
 
