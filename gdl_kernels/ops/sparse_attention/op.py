@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import _backends, _native
 from ..._registration import register
-from ...layouts import BlockLists, Layout, from_mask
+from ...layouts import BlockLists, Layout, causal, from_mask, strided
 from . import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -73,6 +73,17 @@ def _examples() -> Iterator[_backends.Example]:
         "scattered, padding, lse",
         (heads(2, 100, 40), heads(2, 270, 40), heads(2, 270, 24), from_mask(scattered, block_size=32)),
         {"key_padding_mask": padding, "return_lse": True, "query_start": 3, "scale": 0.3},
+    )
+    # Heads of the sizes that models have; then a few queries, which the kernels treat apart.
+    yield _backends.Example(
+        "causal, 64 features, dropout",
+        (heads(4, 300, 64), heads(2, 300, 64), heads(2, 300, 64), causal(300, block_size=128)),
+        {"dropout_p": 0.2},
+    )
+    yield _backends.Example(
+        "decode one token, strided",
+        (heads(6, 1, 64), heads(2, 250, 64), heads(2, 250, 64), strided(300, 7, block_size=32)),
+        {"query_start": 249},
     )
 
 
