@@ -72,6 +72,9 @@ CASES = [
     Case("a head each with unequal counts", lambda: scattered(90, 90, 32, heads=3), heads=3, kv_heads=3),
     Case("a head each over shared key heads", lambda: scattered(90, 90, 32, heads=4), heads=4, kv_heads=2),
     Case("values of another size", lambda: scattered(60, 60, 32), head_dim=24, value_dim=40),
+    # In Triton a tensor descriptor loads tiles whose features are a power of two, pointers load the others.
+    Case("values alone of a power of two", lambda: scattered(150, 150, 64), head_dim=24, value_dim=32),
+    Case("keys alone of a power of two", lambda: scattered(150, 150, 64), head_dim=32, value_dim=24),
     Case("head sizes that no vector divides", lambda: scattered(60, 60, 32), head_dim=7, value_dim=5),
     Case("head size 80", lambda: scattered(60, 60, 32), head_dim=80, value_dim=80),
     Case("the largest head of the GPU", lambda: scattered(40, 40, 16), head_dim=256, value_dim=256),
