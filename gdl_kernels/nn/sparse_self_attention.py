@@ -132,8 +132,8 @@ class SparseSelfAttention(nn.Module):
             RuntimeError: if there is a cache and a gradient is asked for; or ``backend`` can't serve the call.
         """
         layout = self.layout if layout is None else layout
-        start = 0 if cache is None else cache.length
         self._check(x, layout, key_padding_mask, cache)
+        start = 0 if cache is None else cache.length
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2 Hkv, N, D]
         query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
         if cache is not None:
@@ -177,7 +177,7 @@ class SparseSelfAttention(nn.Module):
         # Where fn takes a tensor, the layout goes. Not by fn itself, which may change dtypes or leave values behind.
         device = fn(torch.empty(0, dtype=torch.int32, device=self.layout.device)).device
         if device.type != "meta":  # which has no values, that nothing could bring back
-            self.layout = _on(self.layout, device)
+            self.layout = on_device(self.layout, device)
         return self
 
     def extra_repr(self) -> str:
@@ -188,7 +188,8 @@ class SparseSelfAttention(nn.Module):
         )
 
 
-def _on(layout: Layout, device: torch.device) -> Layout:
+def on_device(layout: Layout, device: torch.device) -> Layout:
+    """The layout on a device, the same one at every call while somebody holds it."""
     if layout.device == device:
         return layout
     copies = _copies.setdefault(layout, WeakValueDictionary())
