@@ -8,15 +8,11 @@
 #include <algorithm>
 #include <vector>
 
+#include "sparse_attention_softmax.h"
 #include "sparse_attention_tiles.h"
 
 namespace gdl {
 namespace {
-
-// Keys whose scores are kept at once. 64 rows of them are 64 KB in float: with the panels they stay in a 1 MB L2.
-constexpr int kKeysAtOnce = 256;
-// A row more than a power of two apart, or the rows of a tile would share a few sets of the L1 cache.
-constexpr int kScoresStride = kKeysAtOnce + 16;
 
 // What the products of elements E are made of.
 template <typename E>
@@ -179,54 +175,19 @@ inline void scale_scores(float* scores, int rows, int columns, float scale) {
     }
 }
 
-// One step of the online softmax: scores become exp2(score - maximum), and sums and outputs are brought to the new
-// maximum.
-template <typename T>
-void softmax_step(T* scores, int rows, int columns, T* maxima, T* sums, T* out, int value_dim) {
-  constexpr T nothing = -std::numeric_limits<T>::infinity();
-  T largest[kMaxTile];
-  for (int i = 0; i < rows; ++i) {
-    const T* row = scores + i * kScoresStride;
-    Vec<T> top = load(row);
-    for (int v = kWidth<T>; v < columns; v += kWidth<T>) top = maximum<T>(top, load(row + v));
-    largest[i] = reduce_maximum<T>(top);
-  }
-  for (int i = 0; i < rows; ++i) {
-    T* row = scores + i * kScoresStride;
-    T maximum = largest[i] > maxima[i] ? largest[i] : maxima[i];
-    if (maximum == nothing) {
-      // Nothing is kept so far, unless NaN hid from the comparisons: that has to reach the output.
-      bool nan = false;
-      for (int j = 0; j < columns; ++j) nan |= row[j] != row[j];
-      if (!nan) {
-        std::fill(row, row + columns, T(0));
-        continue;
-      }
-      maximum = 0;
-    }
-    const Vec<T> base = broadcast(maximum);
-    Vec<T> total = {};
-    for (int v = 0; v < columns; v += kWidth<T>) {
-      const Vec<T> p = exp2<T>(load(row + v) - base);
-      store<T>(row + v, p);
-      total += p;
-    }
-    if (maximum != maxima[i]) {
-      const T shrink = exp2<T>(broadcast<T>(maxima[i] - maximum))[0];
-      sums[i] *= shrink;
-      for (int v = 0; v < value_dim; v += kWidth<T>)
-        store<T>(out + i * value_dim + v, load(out + i * value_dim + v) * shrink);
-      maxima[i] = maximum;
-    }
-    sums[i] += reduce_sum<T>(total);
-  }
-}
+// A tile of keys that a tile of rows sees.
+struct KeysSeen {
+  std::int64_t block;
+  int part;                  // the tile's place in the block
+  const std::int32_t* mask;  // of the block, null where the tile is full
+};
 
 template <typename T, typename X>
 struct Scratch {
   Buffer<T> rows, scores, kept, out;
   Buffer<X> query, weights;  // of packed operands
   T maxima[kMaxTile], sums[kMaxTile];
+  std::vector<KeysSeen> keys;
 };
 
 template <typename E>
@@ -254,6 +215,7 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
                          make_buffer<T>(tile * value_dim),
                          make_buffer<X>(packed ? tile * panels.depth : 0),
                          make_buffer<X>(packed ? tile * kScoresStride / 2 : 0),
+                         {},
                          {},
                          {}};
   };
@@ -287,40 +249,42 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
     std::fill(s.out.get(), s.out.get() + rows * value_dim, T(0));
 
     const std::int64_t line = (call.layout_heads == 1 ? 0 : head) * geometry.q_blocks + t.block;
-    const std::int32_t split = call.rows.splits[line];
-    const std::int64_t first = std::int64_t(call.rows.starts[line]) * geometry.tiles_per_block;
-    const std::int64_t last = std::int64_t(call.rows.starts[line + 1]) * geometry.tiles_per_block;
-    for (std::int64_t begin = first; begin < last; begin += at_once) {
-      const int count = static_cast<int>(std::min<std::int64_t>(at_once, last - begin));
+    s.keys.clear();
+    for (std::int32_t entry = call.rows.starts[line]; entry < call.rows.starts[line + 1]; ++entry) {
+      const std::int32_t* mask = nullptr;
+      if (entry >= call.rows.splits[line])
+        mask = call.mask_table + std::int64_t(call.rows.masks[entry]) * call.block_size * geometry.words;
+      for (int part = 0; part < geometry.tiles_per_block; ++part) {
+        const Kept kept = kept_of_tile(geometry, mask, t.first / tile, part);
+        if (kept != Kept::kNothing)
+          s.keys.push_back({call.rows.blocks[entry], part, kept == Kept::kEverything ? nullptr : mask});
+      }
+    }
+    for (std::size_t begin = 0; begin < s.keys.size(); begin += at_once) {
+      const KeysSeen* seen = s.keys.data() + begin;
+      const int count = static_cast<int>(std::min<std::size_t>(at_once, s.keys.size() - begin));
       const X *keys[kKeysAtOnce / 16 + 1], *values[kKeysAtOnce / 16 + 1];
+      std::int64_t panel[kKeysAtOnce / 16];
       for (int k = 0; k < count; ++k) {
-        const std::int64_t panel = panels.of(batch, head, call.rows.blocks[(begin + k) / geometry.tiles_per_block]) +
-                                   (begin + k) % geometry.tiles_per_block;
-        keys[k] = panels.keys.get() + panel * panels.key_size;
-        values[k] = panels.values.get() + panel * panels.value_size;
+        panel[k] = panels.of(batch, head, seen[k].block) + seen[k].part;
+        keys[k] = panels.keys.get() + panel[k] * panels.key_size;
+        values[k] = panels.values.get() + panel[k] * panels.value_size;
       }
       keys[count] = values[0];
       values[count] = nullptr;
       for (int k = 0; k < count; ++k) {
-        const std::int64_t entry = (begin + k) / geometry.tiles_per_block;
-        const int part = static_cast<int>((begin + k) % geometry.tiles_per_block);
         T* scores = s.scores.get() + k * tile;
         gemm<false>(rows, tile, panels.depth, left, ld_left, 1, keys[k], tile, scores, kScoresStride, keys[k + 1]);
         if constexpr (packed) scale_scores(scores, rows, tile, scale);
-        if (entry >= split) {
-          const std::int64_t mask = std::int64_t(call.rows.masks[entry]) * call.block_size * geometry.words;
-          mask_scores(scores, kScoresStride, rows, tile, call.mask_table + mask, geometry.words, bit_rows, part * tile);
-        }
-        if (panels.bias) {
-          const std::int64_t panel = (keys[k] - panels.keys.get()) / panels.key_size;
-          if (panels.biased[panel]) add_bias(scores, kScoresStride, rows, tile, panels.bias.get() + panel * tile);
-        }
+        if (seen[k].mask != nullptr)
+          mask_scores(scores, kScoresStride, rows, tile, seen[k].mask, geometry.words, bit_rows, seen[k].part * tile);
+        if (panels.bias && panels.biased[panel[k]])
+          add_bias(scores, kScoresStride, rows, tile, panels.bias.get() + panel[k] * tile);
       }
-      softmax_step(s.scores.get(), rows, count * tile, s.maxima, s.sums, s.out.get(), value_dim);
+      softmax_step(s.scores.get(), kScoresStride, rows, count * tile, s.maxima, s.sums, s.out.get(), value_dim);
       if (call.dropout_p > 0)
         for (int k = 0; k < count; ++k) {
-          const std::int64_t block = call.rows.blocks[(begin + k) / geometry.tiles_per_block];
-          const std::int64_t place = block * call.block_size + (begin + k) % geometry.tiles_per_block * tile;
+          const std::int64_t place = seen[k].block * call.block_size + seen[k].part * tile;
           std::int64_t positions[kMaxTile];
           for (int j = 0; j < tile; ++j) positions[j] = key_at(call, head, place + j);
           dropout_multipliers(call, batch, head, query_positions, rows, positions, tile, T(1), s.kept.get(), tile);
@@ -349,6 +313,7 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
 
 void sparse_attention_forward(const std::string& dtype, const Attention& call, const Strided& query, const Strided& key,
                               const Strided& value, const Strided& out, void* lse) {
+  if (call.n_q <= kQueriesToDecode) return sparse_attention_decode(dtype, call, query, key, value, out, lse);
   dispatch(dtype, [&](auto type) { forward<typename decltype(type)::type>(call, query, key, value, out, lse); });
 }
 

@@ -110,6 +110,21 @@ inline T reduce_sum(Vec<T> v) {
   return v[0];
 }
 
+// Lane i: the sum of v[i], for as many vectors as a vector has lanes. Neighbours are added, then neighbouring sums.
+template <typename T, int count = kWidth<T>>
+[[gnu::always_inline]] inline Vec<T> reduce_sums(const Vec<T>* v) {
+  if constexpr (count == 1) {
+    return v[0];
+  } else {
+    const IntVec<T> even = 2 * lane_index<T>();
+    Vec<T> half[count / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < count / 2; ++i)
+      half[i] = __builtin_shuffle(v[2 * i], v[2 * i + 1], even) + __builtin_shuffle(v[2 * i], v[2 * i + 1], even + 1);
+    return reduce_sums<T, count / 2>(half);
+  }
+}
+
 // 2^f on [-1/2, 1/2], lowest power first: Chebyshev interpolation, relative error 3e-9 (float, before rounding) and
 // 2e-17.
 template <typename T>

@@ -1,0 +1,308 @@
+// Forward pass of block-sparse attention for a few queries: decoding with a cache.
+//
+// Nothing is packed: keys and values are read once, from where they lie, which is what it costs. A task is a range of
+// the kept keys of one line of the layout, for the queries of one key head that are in that line; its partial result, a
+// row's maximum, sum and output, is merged with the others of that row. The ranges hang on the layout alone, so that
+// any number of threads gives the same bits.
+#include <algorithm>
+#include <vector>
+
+#include "sparse_attention.h"
+#include "sparse_attention_softmax.h"
+#include "sparse_attention_tiles.h"
+
+namespace gdl {
+namespace {
+
+constexpr std::int64_t kKeysOfTask = 2048;
+// Rows that every query of a task uses before the next ones are looked at.
+constexpr int kRowsInCache = 64;
+
+// Rows of keys or values, a pointer to each, and what comes after them, which is fetched meanwhile: alone, neither the
+// products nor the memory would be busy all the time.
+template <typename E>
+struct RowPointers {
+  const E* const* rows;
+  int count;  // a multiple of the vector's width
+  int features;
+};
+
+template <typename F>
+void fetch(const RowPointers<F>& next, int row) {
+  if (row < next.count)
+    for (int v = 0; v < next.features; v += 64 / static_cast<int>(sizeof(F)))
+      __builtin_prefetch(next.rows[row] + v, 0, 2);
+}
+
+// scores[j] = <query, keys[j]>
+template <typename E, typename F, typename T = accumulator_t<E>>
+void scores_of_keys(const RowPointers<E>& keys, const T* query, T* scores, const RowPointers<F>& next) {
+  constexpr int width = kWidth<T>;
+  for (int j = 0; j < keys.count; j += width) {
+    for (int i = 0; i < width; ++i) fetch(next, j + i);
+    Vec<T> sums[width];
+#pragma GCC unroll 16
+    for (int i = 0; i < width; ++i) sums[i] = Vec<T>{};
+    for (int v = 0; v < keys.features; v += width) {
+      const Vec<T> q = load(query + v);
+#pragma GCC unroll 16
+      for (int i = 0; i < width; ++i) sums[i] += q * load_widened(keys.rows[j + i] + v);
+    }
+    store<T>(scores + j, reduce_sums<T>(sums));
+  }
+}
+
+template <typename E, typename F, typename T, int vectors>
+void add_weighted(const RowPointers<E>& values, int v, const T* weights, T* out, const RowPointers<F>& next) {
+  Vec<T> sums[vectors];
+#pragma GCC unroll 4
+  for (int i = 0; i < vectors; ++i) sums[i] = load(out + v + i * kWidth<T>);
+  for (int j = 0; j < values.count; ++j) {
+    fetch(next, j);
+#pragma GCC unroll 4
+    for (int i = 0; i < vectors; ++i) sums[i] += weights[j] * load_widened(values.rows[j] + v + i * kWidth<T>);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < vectors; ++i) store<T>(out + v + i * kWidth<T>, sums[i]);
+}
+
+// out += weights * values
+template <typename E, typename F, typename T = accumulator_t<E>>
+void add_weighted_values(const RowPointers<E>& values, const T* weights, T* out, RowPointers<F> next) {
+  int v = 0;
+  for (; v + 4 * kWidth<T> <= values.features; v += 4 * kWidth<T>, next.count = 0)
+    add_weighted<E, F, T, 4>(values, v, weights, out, next);
+  for (; v < values.features; v += kWidth<T>, next.count = 0) add_weighted<E, F, T, 1>(values, v, weights, out, next);
+}
+
+// Queries of one key head in one line of the layout, and one order.
+struct DecodedLine {
+  std::int64_t kv_head, head, line;  // head: one of the query heads, they share order and line
+  std::vector<std::int64_t> heads, queries;
+  std::vector<int> bit_rows;
+};
+
+std::vector<DecodedLine> decoded_lines(const Attention& call, const Geometry& geometry) {
+  std::vector<DecodedLine> lines;
+  const bool shared = std::max(call.layout_heads, call.order_heads) <= 1;
+  for (std::int64_t kv_head = 0; kv_head < call.kv_heads; ++kv_head) {
+    const std::size_t first = lines.size();
+    for (std::int64_t head = kv_head * geometry.group; head < (kv_head + 1) * geometry.group; ++head)
+      for (std::int64_t q = 0; q < call.n_q; ++q) {
+        const std::int64_t place = place_of(call, head, call.query_start + q);
+        const std::int64_t line = (call.layout_heads == 1 ? 0 : head) * geometry.q_blocks + place / call.block_size;
+        auto found = std::find_if(lines.begin() + static_cast<std::ptrdiff_t>(first), lines.end(), [&](const auto& l) {
+          return l.line == line && (shared || l.head == head) && l.queries.size() < kMaxTile;
+        });
+        if (found == lines.end()) found = lines.insert(found, {kv_head, head, line, {}, {}, {}});
+        found->heads.push_back(head);
+        found->queries.push_back(q);
+        found->bit_rows.push_back(static_cast<int>(place % call.block_size));
+      }
+  }
+  return lines;
+}
+
+// A range of a line's list, counted in tiles, and where its partial results are.
+struct DecodeTask {
+  std::size_t line;
+  std::int64_t begin, end, row;
+};
+
+template <typename E>
+void decode(const Attention& call, const Strided& query, const Strided& key, const Strided& value, const Strided& out,
+            void* lse_data) {
+  using T = accumulator_t<E>;
+  const Geometry geometry(call);
+  const int tile = geometry.tile, head_dim = padded<T>(call.head_dim), value_dim = padded<T>(call.value_dim);
+  const int tiles_at_once = kKeysAtOnce / tile;
+  const T scale = static_cast<T>(call.scale * kLog2E);
+  const std::vector<DecodedLine> lines = decoded_lines(call, geometry);
+
+  std::vector<DecodeTask> tasks;
+  std::vector<std::size_t> first_task;
+  std::int64_t rows = 0;
+  for (std::size_t l = 0; l < lines.size(); ++l) {
+    first_task.push_back(tasks.size());
+    const std::int64_t begin = std::int64_t(call.rows.starts[lines[l].line]) * geometry.tiles_per_block;
+    const std::int64_t end = std::int64_t(call.rows.starts[lines[l].line + 1]) * geometry.tiles_per_block;
+    for (std::int64_t at = begin; at < end; at += kKeysOfTask / tile) {
+      tasks.push_back({l, at, std::min(end, at + kKeysOfTask / tile), rows});
+      rows += static_cast<std::int64_t>(lines[l].queries.size());
+    }
+  }
+  first_task.push_back(tasks.size());
+
+  Buffer<T> partial_out = make_buffer<T>(call.batch * rows * value_dim);
+  Buffer<T> partial_maximum = make_buffer<T>(call.batch * rows), partial_sum = make_buffer<T>(call.batch * rows);
+  struct Part {
+    int keys, tiles;
+    std::int64_t positions[kKeysAtOnce];
+    const E *key_rows[kKeysAtOnce], *value_rows[kKeysAtOnce];
+  };
+  struct Scratch {
+    Buffer<T> queries, scores, wide, kept;
+    const T* wide_rows[kRowsInCache];
+    Buffer<E> zeros;
+    Part parts[2];
+  };
+  const auto make_scratch = [&] {
+    Scratch s{make_buffer<T>(kMaxTile * head_dim),
+              make_buffer<T>(kMaxTile * kScoresStride),
+              make_buffer<T>(kRowsInCache * std::max(head_dim, value_dim)),
+              make_buffer<T>(call.dropout_p > 0 ? tile : 0),
+              {},
+              make_buffer<E>(std::max(head_dim, value_dim)),
+              {}};
+    std::memset(s.zeros.get(), 0, std::max(head_dim, value_dim) * sizeof(E));
+    return s;
+  };
+  const auto count = static_cast<std::int64_t>(tasks.size());
+  parallel_for(call.threads, call.batch * count, make_scratch, [&](std::int64_t index, Scratch& s) {
+    const std::int64_t batch = index / count;
+    const DecodeTask& task = tasks[index % count];
+    const DecodedLine& line = lines[task.line];
+    const int queries = static_cast<int>(line.queries.size());
+    const std::int64_t row = batch * rows + task.row;
+    T *sums = partial_sum.get() + row, *maxima = partial_maximum.get() + row;
+    T* sum_out = partial_out.get() + row * value_dim;
+    std::fill(maxima, maxima + queries, -std::numeric_limits<T>::infinity());
+    std::fill(sums, sums + queries, T(0));
+    std::fill(sum_out, sum_out + queries * value_dim, T(0));
+    for (int i = 0; i < queries; ++i) {
+      T* to = s.queries.get() + i * head_dim;
+      load_features<E>(query, batch, line.heads[i], line.queries[i], call.head_dim, to, head_dim);
+      for (int v = 0; v < head_dim; v += kWidth<T>) store<T>(to + v, load(to + v) * scale);
+    }
+    // Rows of whole vectors are read in place; but several queries share the work of widening.
+    const bool as_they_are = std::is_same_v<E, T> || queries == 1;
+    const bool keys_in_place = as_they_are && key.feature == 1 && call.head_dim == head_dim;
+    const bool values_in_place = as_they_are && value.feature == 1 && call.value_dim == value_dim;
+
+    const auto find_keys = [&](std::int64_t begin, Part& part) {
+      part.tiles = static_cast<int>(std::min<std::int64_t>(tiles_at_once, task.end - begin));
+      part.keys = part.tiles * tile;
+      for (int k = 0; k < part.tiles; ++k) {
+        const std::int64_t block = call.rows.blocks[(begin + k) / geometry.tiles_per_block];
+        const std::int64_t place = block * call.block_size + (begin + k) % geometry.tiles_per_block * tile;
+        if (call.order == nullptr && place + tile <= call.n_k)
+          for (int j = 0; j < tile; ++j) part.positions[k * tile + j] = place + j;
+        else
+          for (int j = 0; j < tile; ++j) part.positions[k * tile + j] = key_at(call, line.head, place + j);
+      }
+      const auto rows_of = [&](const Strided& x, const E** to) {
+        const E* first = static_cast<const E*>(x.data) + batch * x.batch + line.kv_head * x.head;
+        for (int j = 0; j < part.keys; ++j)
+          to[j] = part.positions[j] < 0 ? s.zeros.get() : first + part.positions[j] * x.position;
+        if (call.key_padding_mask != nullptr)
+          for (int j = 0; j < part.keys; ++j)
+            if (left_out(call, batch, part.positions[j])) to[j] = s.zeros.get();
+      };
+      rows_of(key, part.key_rows), rows_of(value, part.value_rows);
+    };
+    // Calls work(rows, first, next) for some rows at a time, which stay in the L1 while every query uses them, widened
+    // first where they are not read in place. Features need not be contiguous.
+    const auto for_rows = [&](const Strided& x, bool in_place, const E* const* rows, int keys, std::int64_t features,
+                              const E* const* next_rows, int next_keys, int next_width, auto work) {
+      const int width = padded<T>(features);
+      for (int first = 0; first < keys; first += kRowsInCache) {
+        const int here = std::min(kRowsInCache, keys - first);
+        const RowPointers<E> next{next_rows + first, std::max(0, std::min(here, next_keys - first)), next_width};
+        if (in_place) {
+          work(RowPointers<E>{rows + first, here, width}, first, next);
+          continue;
+        }
+        for (int j = 0; j < here; ++j) {
+          T* to = s.wide.get() + j * width;
+          const E* from = rows[first + j];
+          const Strided one{const_cast<E*>(from), 0, 0, 0, x.feature};
+          load_features<E>(one, 0, 0, from == s.zeros.get() ? -1 : 0, features, to, width);
+          s.wide_rows[j] = to;
+        }
+        work(RowPointers<T>{s.wide_rows, here, width}, first, next);
+      }
+    };
+    if (task.begin < task.end) find_keys(task.begin, s.parts[0]);
+    for (std::int64_t begin = task.begin; begin < task.end; begin += tiles_at_once) {
+      const auto parity = (begin - task.begin) / tiles_at_once % 2;
+      const Part& part = s.parts[parity];
+      Part& next = s.parts[1 - parity];
+      const int keys = part.keys;
+      for_rows(key, keys_in_place, part.key_rows, keys, call.head_dim, part.value_rows, keys, value_dim,
+               [&](const auto& these, int first, RowPointers<E> fetched) {
+                 for (int i = 0; i < queries; ++i, fetched.count = 0)
+                   scores_of_keys(these, s.queries.get() + i * head_dim, s.scores.get() + i * kScoresStride + first,
+                                  fetched);
+               });
+      for (int k = 0; k < part.tiles; ++k) {
+        const std::int64_t entry = (begin + k) / geometry.tiles_per_block;
+        if (entry >= call.rows.splits[line.line])
+          mask_scores(s.scores.get() + k * tile, kScoresStride, queries, tile,
+                      call.mask_table + std::int64_t(call.rows.masks[entry]) * call.block_size * geometry.words,
+                      geometry.words, line.bit_rows.data(),
+                      static_cast<int>((begin + k) % geometry.tiles_per_block) * tile);
+      }
+      if (call.key_padding_mask != nullptr) {
+        T bias[kKeysAtOnce];
+        for (int j = 0; j < keys; ++j)
+          bias[j] = left_out(call, batch, part.positions[j]) ? -std::numeric_limits<T>::infinity() : T(0);
+        add_bias(s.scores.get(), kScoresStride, queries, keys, bias);
+      }
+      softmax_step(s.scores.get(), kScoresStride, queries, keys, maxima, sums, sum_out, value_dim);
+      if (call.dropout_p > 0)
+        for (int i = 0; i < queries; ++i)
+          for (int k = 0; k < part.tiles; ++k) {
+            const std::int64_t position = call.query_start + line.queries[i];
+            T* weights = s.scores.get() + i * kScoresStride + k * tile;
+            dropout_multipliers(call, batch, line.heads[i], &position, 1, part.positions + k * tile, tile, T(1),
+                                s.kept.get(), tile);
+            multiply(weights, kScoresStride, s.kept.get(), tile, 1, tile);
+          }
+      const bool more = begin + tiles_at_once < task.end;
+      if (more) find_keys(begin + tiles_at_once, next);
+      for_rows(value, values_in_place, part.value_rows, keys, call.value_dim, next.key_rows, more ? next.keys : 0,
+               head_dim, [&](const auto& these, int first, RowPointers<E> fetched) {
+                 for (int i = 0; i < queries; ++i, fetched.count = 0)
+                   add_weighted_values(these, s.scores.get() + i * kScoresStride + first, sum_out + i * value_dim,
+                                       fetched);
+               });
+    }
+  });
+
+  T* lse = static_cast<T*>(lse_data);
+  Buffer<T> total_out = make_buffer<T>(value_dim);
+  for (std::int64_t batch = 0; batch < call.batch; ++batch)
+    for (std::size_t l = 0; l < lines.size(); ++l)
+      for (std::size_t i = 0; i < lines[l].queries.size(); ++i) {
+        T maximum = -std::numeric_limits<T>::infinity(), sum = 0;
+        std::fill(total_out.get(), total_out.get() + value_dim, T(0));
+        const auto row_of = [&](std::size_t t) { return batch * rows + tasks[t].row + static_cast<std::int64_t>(i); };
+        for (std::size_t t = first_task[l]; t < first_task[l + 1]; ++t)
+          maximum = std::max(maximum, partial_maximum[row_of(t)]);
+        const bool empty = maximum == -std::numeric_limits<T>::infinity();
+        for (std::size_t t = first_task[l]; t < first_task[l + 1] && !empty; ++t) {
+          const std::int64_t row = row_of(t);
+          const T share = exp2<T>(broadcast<T>(partial_maximum[row] - maximum))[0];
+          sum += share * partial_sum[row];
+          for (int v = 0; v < value_dim; v += kWidth<T>)
+            store<T>(total_out.get() + v,
+                     load(total_out.get() + v) + share * load(partial_out.get() + row * value_dim + v));
+        }
+        const T inverse = empty ? T(0) : T(1) / (sum * static_cast<T>(1 - call.dropout_p));
+        for (int v = 0; v < value_dim; v += kWidth<T>)
+          store<T>(total_out.get() + v, load(total_out.get() + v) * inverse);
+        const std::int64_t head = lines[l].heads[i], q = lines[l].queries[i];
+        store_features<E>(total_out.get(), out, batch, head, q, call.value_dim);
+        lse[(batch * call.heads + head) * call.n_q + q] =
+            empty ? maximum : static_cast<T>(kLn2) * (maximum + std::log2(sum));
+      }
+}
+
+}  // namespace
+
+void sparse_attention_decode(const std::string& dtype, const Attention& call, const Strided& query, const Strided& key,
+                             const Strided& value, const Strided& out, void* lse) {
+  dispatch(dtype, [&](auto type) { decode<typename decltype(type)::type>(call, query, key, value, out, lse); });
+}
+
+}  // namespace gdl
