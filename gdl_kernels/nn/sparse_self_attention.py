@@ -68,15 +68,15 @@ class SparseSelfAttention(nn.Module):
                     f"embed_dim must be a multiple of num_heads, {num_heads}, unless head_dim is given, got {embed_dim}"
                 )
             head_dim = embed_dim // num_heads
+        _positive("head_dim", head_dim)
         if not isinstance(dropout, (int, float)):
             raise TypeError(f"dropout must be a number, got {type(dropout).__name__}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be from 0 up to, not including, 1, got {dropout}")
         _check_layout(layout, num_heads)
-        self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
-        self.head_dim = _positive("head_dim", head_dim)
-        self.dropout, self.backend = dropout, backend
-        self.layout = layout
+        self.embed_dim, self.head_dim = embed_dim, head_dim
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.layout, self.dropout, self.backend = layout, dropout, backend
         self.qkv = nn.Linear(
             embed_dim, (num_heads + 2 * num_kv_heads) * head_dim, bias=bias, device=device, dtype=dtype
         )
@@ -171,6 +171,8 @@ class SparseSelfAttention(nn.Module):
                 raise ValueError(
                     f"key_padding_mask must be {(x.shape[0], end)}, got shape {tuple(key_padding_mask.shape)}"
                 )
+            if key_padding_mask.device != x.device:
+                raise ValueError(f"key_padding_mask must be on {x.device}, got {key_padding_mask.device}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseSelfAttention:
         super()._apply(fn, recurse)
