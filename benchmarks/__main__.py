@@ -49,6 +49,9 @@ def main(
     op: Annotated[list[str] | None, typer.Option(help="An op; may be given again. All ops by default.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer cases and rounds: a minute on two cores.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. A GPU by default, where there is one.")] = None,
+    case: Annotated[
+        list[str] | None, typer.Option(help="Only cases with this in their name; may be given again, for either.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(dir_okay=False, help="Also write the run to this file.")] = None,
 ) -> None:
     """Measure ops against their rivals on this machine.
@@ -60,17 +63,22 @@ def main(
     if not console.is_terminal:
         console = Console(width=120)  # a log: not the 80 columns of an unknown terminal
     console.print(", ".join(f"{name} {value}" for name, value in machine(on).items() if value is not None))
+    plan = QUICK if quick else FULL
     results: list[Result] = []
     bars: list[Bar] = []
     for name in chosen:
         benchmark = cast(OpBenchmark, importlib.import_module(f"{ops.__name__}.{name}"))
         measured = []
         with console.status("") as status:
-            for case in benchmark.cases(on, quick):
-                measured.append(run(name, case, QUICK if quick else FULL, lambda text: status.update(escape(text))))
+            for candidate in benchmark.cases(on, quick):
+                if case and not any(part in candidate.name for part in case):
+                    continue
+                measured.append(run(name, candidate, plan, lambda text: status.update(escape(text))))
                 console.print(result_table(measured[-1]))
         results += measured
-        bars += benchmark.bars(measured)
+        bars += benchmark.bars(measured) if measured else []
+    if not results:
+        raise typer.BadParameter(f"must be part of a case's name, got {', '.join(case or [])!r}", param_hint="--case")
     console.print(bars_table(bars))
     if json is not None:
         record.write(json, record.document(results, bars, on, quick))

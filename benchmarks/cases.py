@@ -32,6 +32,8 @@ class Task:
     Attributes:
         truth: the task on inputs that are float64, as the measure of every error.
         plain: the task in plain PyTorch in the inputs' own dtype. Twice its error is allowed.
+        compared: what of a contestant's output is compared; ``truth`` and ``plain`` give just that. All of it, unless
+            the whole truth would take far longer than what is measured.
         flops: floating-point operations that one call needs, however many a contestant executes.
         bytes: memory traffic that one call needs: each input read once, each output written once.
     """
@@ -40,6 +42,7 @@ class Task:
     plain: Function
     flops: float
     bytes: float
+    compared: Callable[[Tensor], Tensor] = lambda output: output
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,18 @@ class Contestant:
     """One way to do a case's task.
 
     Attributes:
-        function: called with the case's inputs.
+        function: called with the case's inputs, or with what ``setup`` makes of them.
         task: given for a yardstick: it computes something else than the case asks, and is checked against that.
         explain: given for ours: ``gdl_kernels.explain`` of the call. Where it says ``reference``, nothing is timed.
+        setup: called once for each set of inputs, outside of what is timed: the forward pass, where the backward pass
+            is the task.
     """
 
     name: str
     function: Function
     task: Task | None = None
     explain: Callable[..., Explanation] | None = None
+    setup: Callable[..., Inputs] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ class Case:
         contestants: in the order in which they take turns.
         ceiling: what the machine itself can do; the rate in rows is a share of it.
         growth: the name of the curve of which this case is one point, and its size there.
+        input_sets: calls go through this many sets of inputs in turn, so that none finds its inputs where the one
+            before left them. More than three where three would stay in the caches.
     """
 
     name: str
@@ -80,6 +88,7 @@ class Case:
     contestants: Sequence[Contestant]
     ceiling: Callable[[torch.dtype, torch.device], Ceiling] = matrix_product
     growth: tuple[str, int] | None = None
+    input_sets: int = 3
 
 
 class OpBenchmark(Protocol):

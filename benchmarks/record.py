@@ -49,6 +49,7 @@ def _row(result: Result, row: Row) -> dict[str, Any]:
         "median_ms": row.median_ms,
         "quartiles_ms": row.quartiles_ms,
         "flops_per_s": row.flops_per_s,
+        "bytes_per_s": row.bytes_per_s,
         "share_of_ceiling": result.share_of_ceiling(row),
     }
 

@@ -50,6 +50,10 @@ class Row:
     def flops_per_s(self) -> float | None:
         return None if self.median_ms is None else self.flops / self.median_ms * 1e3
 
+    @property
+    def bytes_per_s(self) -> float | None:
+        return None if self.median_ms is None else self.bytes / self.median_ms * 1e3
+
 
 @dataclass
 class Result:
@@ -76,12 +80,21 @@ class Result:
         ours = self.ours
         return _median_ratio(over.samples_ms, ours.samples_ms) if over and ours else None
 
+    @property
+    def bound_by_bytes(self) -> bool:
+        """Whether the ceiling, and with it every rate, is one of memory traffic, not of arithmetic."""
+        return self.ceiling.bytes > 0
+
     def share_of_ceiling(self, row: Row | None) -> float | None:
         """The rate of ``row`` as a share of the ceiling's."""
         if row is None:
             return None
         ratio = _median_ratio(self.ceiling.samples_ms, row.samples_ms)
-        return None if ratio is None else ratio * row.flops / self.ceiling.flops
+        if ratio is None:
+            return None
+        if self.bound_by_bytes:
+            return ratio * row.bytes / self.ceiling.bytes
+        return ratio * row.flops / self.ceiling.flops
 
 
 @dataclass(frozen=True)
@@ -99,6 +112,11 @@ class Bar:
         if self.measured is None:
             return None
         return self.measured <= self.asked if self.at_most else self.measured >= self.asked
+
+
+def geometric_mean(values: Sequence[float]) -> float | None:
+    """None without values."""
+    return statistics.geometric_mean(values) if values else None
 
 
 def exponent(points: Iterable[tuple[float, float | None]]) -> float | None:

@@ -14,9 +14,6 @@ from .memory import peak_growth
 from .results import Result, Row
 from .timing import Call, Plan, by_turns
 
-#: Calls go through this many sets of inputs in turn, so that none finds its inputs where the one before left them.
-INPUT_SETS = 3
-
 
 def run(op: str, case: Case, plan: Plan, say: Callable[[str], None] = lambda _: None) -> Result:
     """Measure one case.
@@ -26,7 +23,7 @@ def run(op: str, case: Case, plan: Plan, say: Callable[[str], None] = lambda _: 
     """
     generator = torch.Generator(case.device)
     seed = generator.seed()
-    sets = [case.inputs(generator) for _ in range(INPUT_SETS)]
+    sets = [case.inputs(generator) for _ in range(case.input_sets)]
     answers: dict[Task, tuple[Outputs, Outputs]] = {}
     rows = []
     for contestant in case.contestants:
@@ -35,7 +32,7 @@ def run(op: str, case: Case, plan: Plan, say: Callable[[str], None] = lambda _: 
     answers.clear()
 
     ceiling = case.ceiling(case.dtype, case.device)
-    top = Row(ceiling.name, ceiling.flops, 0.0)
+    top = Row(ceiling.name, ceiling.flops, ceiling.bytes)
     calls: list[Call] = [lambda _: ceiling.call()]
     timed = [top]
     for contestant, row in zip(case.contestants, rows):
@@ -53,7 +50,12 @@ def run(op: str, case: Case, plan: Plan, say: Callable[[str], None] = lambda _: 
 
 
 def _rotating(contestant: Contestant, sets: list[Inputs]) -> Call:
-    return lambda i: contestant.function(*sets[i % len(sets)])
+    prepared = [_prepared(contestant, inputs) for inputs in sets]
+    return lambda i: contestant.function(*prepared[i % len(prepared)])
+
+
+def _prepared(contestant: Contestant, inputs: Inputs) -> Inputs:
+    return inputs if contestant.setup is None else contestant.setup(*inputs)
 
 
 def _examine(contestant: Contestant, case: Case, inputs: Inputs, answers: dict[Task, tuple[Outputs, Outputs]]) -> Row:
@@ -71,7 +73,8 @@ def _examine(contestant: Contestant, case: Case, inputs: Inputs, answers: dict[T
         answers[task] = task.truth(*map(_double, inputs)), task.plain(*inputs)
     truth, plain = answers[task]
     try:
-        outputs = plain if contestant.function is task.plain else contestant.function(*inputs)
+        prepared = _prepared(contestant, inputs)
+        outputs = plain if contestant.function is task.plain else _compared(task, contestant.function(*prepared))
     except Exception as error:  # a rival may fail in any way; the row says how
         row.status, row.reason = "wrong" if row.ours else "unavailable", f"{type(error).__name__}: {error}"
         return row
@@ -86,8 +89,12 @@ def _examine(contestant: Contestant, case: Case, inputs: Inputs, answers: dict[T
         row.status, row.reason = "wrong", f"its error against float64 is {share:.3g} times what is allowed"
         return row
     del outputs
-    row.peak_bytes = peak_growth(lambda: contestant.function(*inputs), case.device)
+    row.peak_bytes = peak_growth(lambda: contestant.function(*prepared), case.device)
     return row
+
+
+def _compared(task: Task, outputs: Outputs) -> Outputs:
+    return task.compared(outputs) if isinstance(outputs, Tensor) else tuple(map(task.compared, outputs))
 
 
 def _double(tensor: Tensor) -> Tensor:

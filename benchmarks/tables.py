@@ -55,7 +55,7 @@ def _cells(result: Result, row: Row) -> list[str]:
     return [
         _name(row),
         time,
-        _rate(row.flops_per_s),
+        _bandwidth(row.bytes_per_s) if result.bound_by_bytes else _rate(row.flops_per_s),
         _show(result.share_of_ceiling(row), "{:.0%}"),
         _NOTHING if row.ours or row is result.ceiling else _show(result.speed_up(row), "{:.2f}×"),
         _show(None if row.peak_bytes is None else row.peak_bytes / 2**20, "{:,.0f} MiB"),
@@ -78,6 +78,10 @@ def _rate(flops_per_s: float | None) -> str:
     if flops_per_s is None:
         return _NOTHING
     return f"{flops_per_s / 1e12:.3g} TFLOP/s" if flops_per_s >= 1e12 else f"{flops_per_s / 1e9:.3g} GFLOP/s"
+
+
+def _bandwidth(bytes_per_s: float | None) -> str:
+    return _show(None if bytes_per_s is None else bytes_per_s / 1e9, "{:.3g} GB/s")
 
 
 def _bar_value(bar: Bar, value: float) -> str:

@@ -26,7 +26,7 @@ class Plan:
 
 
 QUICK = Plan(seconds=2, min_rounds=3, max_rounds=30)
-FULL = Plan(seconds=20, min_rounds=7, max_rounds=100)
+FULL = Plan(seconds=10, min_rounds=5, max_rounds=100)
 
 
 def by_turns(calls: Sequence[Call], plan: Plan, device: torch.device) -> list[list[float]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,12 @@ import benchmarks.ops
 from benchmarks import record
 from benchmarks.__main__ import app
 from benchmarks.cases import Case, Contestant, Task
-from benchmarks.ceilings import Ceiling
+from benchmarks.ceilings import Ceiling, matrix_product, memory_read
 from benchmarks.correctness import error_share
 from benchmarks.memory import peak_growth
-from benchmarks.ops import sparse_attention
-from benchmarks.results import Bar, Result, Row, exponent
-from benchmarks.runner import INPUT_SETS, run
-from benchmarks.tables import bars_table, result_table
+from benchmarks.results import Bar, Result, Row, exponent, geometric_mean
+from benchmarks.runner import run
+from benchmarks.tables import result_table
 from benchmarks.timing import Plan, by_turns
 from gdl_kernels._backends import Explanation
 
@@ -149,6 +149,36 @@ def test_a_yardstick_is_checked_against_its_own_task() -> None:
     assert result.rows[0].flops == 32.0
 
 
+def test_setup_is_called_once_for_each_set_of_inputs_and_not_timed() -> None:
+    def halve(x: Tensor) -> tuple[Tensor, Tensor]:
+        halved.append(x)
+        time.sleep(0.05)
+        return x / 2, x * 2
+
+    halved: list[Tensor] = []
+    case = _tiny(Contestant("product", lambda half, twice: half * twice, setup=halve))
+    (row,) = run("tiny", case, PLAN).rows
+    assert row.status == "timed", row.reason
+    assert len(halved) == 1 + case.input_sets, "once for the check, and once for each set"
+    assert row.median_ms is not None
+    assert row.median_ms < 10
+
+
+@pytest.mark.parametrize(("wrong_at", "status"), [(3, "wrong"), (4, "timed")])
+def test_what_is_compared_is_what_the_task_says(wrong_at: int, status: str) -> None:
+    rows = torch.tensor([0, 3, 9])
+
+    def some(x: Tensor) -> Tensor:
+        return x[rows] ** 2
+
+    def almost(x: Tensor) -> Tensor:
+        return torch.where(torch.arange(16) == wrong_at, 7.0, x * x)
+
+    task = Task(some, some, flops=16.0, bytes=128.0, compared=lambda output: output[rows])
+    case = dataclasses.replace(_tiny(Contestant("almost", almost)), task=task)
+    assert run("tiny", case, PLAN).rows[0].status == status
+
+
 def test_contestants_take_turns_on_rotating_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.timing.TURN_MS", 0.0)  # a turn is one call
     seen: list[tuple[str, int]] = []
@@ -163,8 +193,8 @@ def test_contestants_take_turns_on_rotating_inputs(monkeypatch: pytest.MonkeyPat
         inputs.append(x[0].item())
         return x * x
 
-    run("tiny", _tiny(Contestant("square", square)), PLAN)
-    assert len(set(inputs)) == INPUT_SETS
+    run("tiny", dataclasses.replace(_tiny(Contestant("square", square)), input_sets=2), PLAN)
+    assert len(set(inputs)) == 2
 
 
 def test_rounds_fill_the_time_within_limits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,6 +235,41 @@ def test_peak_memory_sees_what_a_call_frees_again() -> None:
         if growth is None:
             pytest.skip("this system does not tell a process's peak memory")
         assert 47 << 20 <= growth <= 60 << 20
+
+
+def test_a_ceiling_of_memory_makes_every_rate_one_of_bytes() -> None:
+    def read(dtype: torch.dtype, device: torch.device) -> Ceiling:
+        return Ceiling("read", lambda: torch.ones(8).sum(), bytes=32.0)
+
+    result = run("tiny", dataclasses.replace(_tiny(OURS), ceiling=read), PLAN)
+    (row,) = result.rows
+    assert row.median_ms is not None
+    assert row.bytes_per_s == pytest.approx(128.0 / row.median_ms * 1e3)
+    row.samples_ms, result.ceiling.samples_ms = [2.0, 4.0], [1.0, 2.0]
+    assert result.share_of_ceiling(row) == pytest.approx(128 / 32 / 2)
+    assert all("GB/s" in str(cell) for cell in result_table(result).columns[2].cells)
+
+
+def test_reading_goes_through_all_of_its_memory_in_turn() -> None:
+    count, sets = 3 * 4096, 4
+    ceiling = memory_read(count, sets)(torch.float32, CPU)
+    assert ceiling.bytes == count
+    reads = [ceiling.call() for _ in range(2 * sets)]
+    assert len({tuple(read.tolist()) for read in reads}) == sets
+    assert torch.equal(reads[0], reads[sets])
+
+
+def test_a_cpu_without_bf16_products_is_measured_against_its_fp32_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
+        ceiling = matrix_product(torch.bfloat16, CPU)
+        assert ceiling.call().dtype == dtype
+        assert str(dtype).removeprefix("torch.") in ceiling.name
+
+
+def test_the_geometric_mean() -> None:
+    assert geometric_mean([1.0, 4.0, 16.0]) == pytest.approx(4.0)
+    assert geometric_mean([]) is None
 
 
 def test_the_exponent_of_a_power_law() -> None:
@@ -295,6 +360,31 @@ def test_the_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert [row["status"] for row in rows] == ["timed", "wrong" if wrong else "timed"]
 
 
+TWO_CASES = (
+    TINY_OP.replace("OFFSET", "0.0")
+    .replace('Case("square"', "Case(name")
+    .replace("    yield", "    for name in ('square, small', 'square, large'):\n      yield")
+)
+
+
+def test_cases_are_chosen_by_a_part_of_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "two_cases.py").write_text(TWO_CASES)
+    monkeypatch.setattr(benchmarks.ops, "__path__", [*benchmarks.ops.__path__, str(tmp_path)])
+    path = tmp_path / "run.json"
+    command = ["--op", "two_cases", "--quick", "--device", "cpu", "--json", str(path)]
+    for chosen, names in (
+        (["large"], ["square, large"]),
+        (["large", "small"], ["square, small", "square, large"]),
+        ([], ["square, small", "square, large"]),
+    ):
+        outcome = CliRunner().invoke(app, [*command, *(f"--case={part}" for part in chosen)])
+        assert outcome.exit_code == 0, outcome.output
+        assert [result["case"] for result in json.loads(path.read_text())["results"]] == names
+    outcome = CliRunner().invoke(app, [*command, "--case", "huge"], env={"COLUMNS": "200"})
+    assert outcome.exit_code == 2
+    assert "must be part of a case's name, got 'huge'" in outcome.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -312,62 +402,3 @@ def test_bad_arguments_are_named_before_anything_runs(arguments: list[str], mess
     outcome = CliRunner().invoke(app, ["--op", "sparse_attention", *arguments], env={"COLUMNS": "200"})
     assert outcome.exit_code == 2
     assert message in " ".join(outcome.output.split())
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """sparse_attention's cases at sizes for a test."""
-    for name, value in {"HEADS": 2, "POSITIONS": 512, "HEAD_DIM": 16, "WINDOW": 128}.items():
-        monkeypatch.setattr(sparse_attention, name, value)
-
-
-@pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
-def test_sparse_attention_end_to_end(dtype: torch.dtype, training: bool) -> None:
-    case = sparse_attention.case(CPU, dtype, 64, training=training, quick=False)
-    # Compiling FlexAttention takes half a minute.
-    rivals = [c for c in case.contestants if c.name != sparse_attention.FLEX]
-    result = run("sparse_attention", dataclasses.replace(case, contestants=rivals, ceiling=_low), PLAN)
-    for row in result.rows:
-        served_by_reference = row.backend == "reference"
-        assert row.status == ("unavailable" if served_by_reference else "timed"), row.reason
-    assert {row.contestant for row in result.rows if row.yardstick} == {"SDPA, dense causal"}
-    claims = sparse_attention.bars([result])
-    assert len(claims) == (2 if training else 3)
-    assert result.case in claims[0].claim
-    assert result_table(result).row_count == len(rivals) + 1
-    assert bars_table(claims).row_count == len(claims)
-
-
-@pytest.mark.usefixtures("small")
-def test_a_wrong_sparse_attention_has_no_time() -> None:
-    """Dense causal attention, passed off as the sparse one."""
-    case = sparse_attention.case(CPU, torch.bfloat16, 64, training=False, quick=True)
-    impostor = Contestant(
-        "impostor", lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    )
-    (row,) = run("sparse_attention", dataclasses.replace(case, contestants=[impostor]), PLAN).rows
-    assert (row.status, row.samples_ms) == ("wrong", [])
-
-
-@pytest.mark.usefixtures("small")
-def test_operations_are_counted_over_kept_blocks() -> None:
-    case = sparse_attention.case(CPU, torch.float32, 64, training=False, quick=True)
-    # Of its 8 block rows, row r keeps the three blocks that the last 128 keys lie in, and of the earlier every fourth.
-    kept = sum(len({c for c in range(r + 1) if r - c <= 2 or (r - c) % 4 == 0}) for r in range(8))
-    assert case.task.flops == 4 * 64**2 * 16 * kept * 2
-    trained = sparse_attention.case(CPU, torch.float32, 64, training=True, quick=True)
-    assert trained.task.flops == 3.5 * case.task.flops
-
-
-@pytest.mark.usefixtures("small")
-def test_memory_is_fitted_over_the_growth_cases() -> None:
-    results = []
-    for positions in (512, 1024, 2048):
-        case = sparse_attention.growth_case(CPU, positions)
-        row = Row(sparse_attention.OURS, case.task.flops, 0.0, ours=True, peak_bytes=positions * 100)
-        results.append(Result("sparse_attention", case.name, case.shape, "float32", case.growth, 0, row, [row]))
-    (bar,) = sparse_attention.bars(results)
-    assert bar.measured == pytest.approx(1.0)
-    assert bar.met

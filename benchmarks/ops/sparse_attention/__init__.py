@@ -1,0 +1,94 @@
+"""Block-sparse attention, against PyTorch's ways to the same result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ...cases import Case
+from ...results import Bar, Result, curve, exponent
+from . import decode, grid
+from .patterns import causal, local, local_and_every_fourth_block
+from .problem import BACKWARD, EAGER, FLEX, FORWARD, SDPA, TRAINING, Mode, Problem, Size
+
+SIZE = Size(1, 8, 4096, 64)
+WINDOW = 512
+GROWTH = "local"
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """Part by part; a case's name begins with its part's. Quick is a case or a few of each, and none of the grid."""
+    both = torch.float32, torch.bfloat16
+    dtypes = both[:1] if quick else both
+    for mode in (FORWARD, TRAINING, BACKWARD):
+        for block_size in (64,) if quick else (64, 128):
+            for dtype in both if mode is FORWARD else dtypes:
+                yield case(device, dtype, block_size, mode, quick=quick)
+    for mode in (FORWARD, TRAINING):
+        for head_dim in (64,) if quick else (64, 128):
+            for dtype in dtypes:
+                yield dense_case(device, dtype, mode, head_dim)
+    yield from decode.cases(device, quick)
+    for positions in (4096, 8192, 16_384) if quick else (4096, 8192, 16_384, 32_768):
+        yield growth_case(device, positions)
+    yield from decode.growth_cases(device, quick)
+    if not quick:
+        yield from grid.cases(device)
+
+
+def bars(results: Sequence[Result]) -> list[Bar]:
+    asked = []
+    for result in results:
+        part = result.case.partition(",")[0]
+        if part == FORWARD.name:
+            over_flex = 5.0 if result.dtype == "bfloat16" else 3.0
+            of_products = 0.75 if result.case.endswith("128") else 0.60
+            asked += [
+                Bar(f"{result.case}: over {FLEX}", over_flex, result.speed_up(result.row(FLEX))),
+                Bar(f"{result.case}: of the matrix rate", of_products, result.share_of_ceiling(result.ours), "%"),
+            ]
+        elif part == TRAINING.name:
+            asked.append(Bar(f"{result.case}: over {EAGER}", 4.0, result.speed_up(result.row(EAGER))))
+        elif part == BACKWARD.name:
+            share = result.share_of_ceiling(result.ours)
+            asked.append(Bar(f"{result.case}: of the matrix rate", 0.5, share, "%"))
+        elif part == "dense causal":
+            asked.append(Bar(f"{result.case}: over {SDPA}", 1.0, result.speed_up(result.row(SDPA))))
+    points = curve(results, GROWTH)
+    if points:
+        # "Linear" leaves room for what a fit through page-sized steps of resident memory is off by.
+        memory = exponent((n, row.peak_bytes) for n, result in points if (row := result.ours))
+        asked.append(Bar("forward, local: memory grows as positions to the power", 1.1, memory, "", at_most=True))
+    return [*asked, *decode.bars(results), *grid.bars(results)]
+
+
+def case(device: torch.device, dtype: torch.dtype, block_size: int, mode: Mode, *, quick: bool) -> Case:
+    """The passes of a mode over a pattern that keeps 22 % of the blocks."""
+    pattern = local_and_every_fourth_block(WINDOW, block_size)
+    problem = Problem(pattern, SIZE, dtype, block_size, device, mode)
+    contestants = []
+    if mode is TRAINING or (mode is FORWARD and not quick):
+        contestants.append(problem.eager())
+    if mode is FORWARD or device.type == "cuda":  # on the CPU it has no backward pass
+        contestants.append(problem.flex())
+    if not quick:
+        contestants.append(problem.sdpa_masked())
+    if mode is FORWARD or not quick:
+        contestants.append(problem.sdpa_dense(yardstick=True))
+    return problem.case(mode.name, [*contestants, problem.ours()])
+
+
+def dense_case(device: torch.device, dtype: torch.dtype, mode: Mode, head_dim: int) -> Case:
+    """At no sparsity, against the kernel that torch has for just that."""
+    size = Size(SIZE.batch, SIZE.heads, SIZE.positions, head_dim)
+    problem = Problem(causal(), size, dtype, 128, device, mode)
+    contestants = [problem.sdpa_dense(yardstick=False), problem.ours()]
+    return problem.case(f"dense causal, {mode.name}, d{head_dim}", contestants)
+
+
+def growth_case(device: torch.device, positions: int) -> Case:
+    """One point of the curve that shows how memory grows with the number of positions."""
+    size = Size(SIZE.batch, SIZE.heads, positions, SIZE.head_dim)
+    problem = Problem(local(WINDOW), size, torch.float32, 64, device)
+    return problem.case(f"growth, forward, local, n {positions}", [problem.ours()], growth=(GROWTH, positions))

@@ -1,0 +1,191 @@
+"""One attention to compute: its size and work, its truth, and the contestants that compute it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import gdl_kernels
+from gdl_kernels._backends import Explanation
+from gdl_kernels.layouts import Layout
+
+from ...cases import Case, Contestant, Function, Inputs, Task
+from .attention import Attention, compiled_flex, in_chunks, masked
+from .patterns import Pattern, causal
+
+OURS, FLEX, EAGER, SDPA = "gdl_kernels", "FlexAttention", "eager, masked", "SDPA, dense causal"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Which passes are timed.
+
+    Attributes:
+        products: of matrices, for each kept block: two forward (scores, output), five backward (scores again, and the
+            gradients of output's weights, query, key and value).
+        tensors: of the size of ``query``, that are read or written.
+    """
+
+    name: str
+    products: int
+    tensors: int
+
+    def of(self, forward: Attention) -> Function:
+        """The passes as one function of the case's inputs."""
+        if self is FORWARD:
+            return forward
+        step = functools.partial(_step, forward)
+        return step if self is TRAINING else lambda *inputs: step(*inputs)[1:]
+
+    def contestant(self, name: str, forward: Attention, task: Task | None = None) -> Contestant:
+        if self is BACKWARD:
+            return Contestant(name, _gradients, setup=functools.partial(_graph, forward), task=task)
+        return Contestant(name, self.of(forward), task=task)
+
+
+FORWARD = Mode("forward", 2, 4)  # query, key, value; output
+BACKWARD = Mode("backward", 5, 8)  # these and the output's gradient; the gradients of query, key and value
+TRAINING = Mode("forward+backward", 7, 12)
+
+
+def _graph(forward: Attention, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor) -> Inputs:
+    leaves = [t.detach().requires_grad_() for t in (query, key, value)]
+    return forward(*leaves), *leaves, grad_out
+
+
+def _gradients(out: Tensor, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(out, (query, key, value), grad_out, retain_graph=True)
+
+
+def _step(forward: Attention, *inputs: Tensor) -> tuple[Tensor, ...]:
+    graph = _graph(forward, *inputs)
+    return graph[0].detach(), *_gradients(*graph)
+
+
+@dataclass(frozen=True)
+class Size:
+    batch: int
+    heads: int
+    positions: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        return f"B{self.batch} H{self.heads} n{self.positions} d{self.head_dim}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Attention of one size over one pattern.
+
+    Attributes:
+        checked_rows: how many query rows of the output are compared with the truth; None for all.
+    """
+
+    pattern: Pattern
+    size: Size
+    dtype: torch.dtype
+    block_size: int
+    device: torch.device
+    mode: Mode = FORWARD
+    checked_rows: int | None = None
+    layout: Layout = field(init=False)
+
+    def __post_init__(self) -> None:
+        layout = self.pattern.layout(self.size.positions, self.block_size).to(self.device)
+        object.__setattr__(self, "layout", layout)
+
+    def case(self, part: str, contestants: Sequence[Contestant], growth: tuple[str, int] | None = None) -> Case:
+        kept = self.layout.kept_blocks / (self.layout.q_blocks * self.layout.k_blocks)
+        checked = "" if self.checked_rows is None else f"; {self.checked_rows} rows checked"
+        return Case(
+            name=f"{part}, {short(self.dtype)}, blocks of {self.block_size}",
+            shape=f"{self.size}, {self.pattern.name}: {kept:.1%} of blocks kept{checked}",
+            dtype=self.dtype,
+            device=self.device,
+            inputs=self._inputs,
+            task=self._task(),
+            contestants=contestants,
+            growth=growth,
+        )
+
+    def ours(self) -> Contestant:
+        return ours(self.layout, self.mode)
+
+    def flex(self) -> Contestant:
+        return self.mode.contestant(FLEX, compiled_flex(self.pattern.keep, self.layout))
+
+    def eager(self) -> Contestant:
+        return self.mode.contestant(EAGER, masked(self._kept_pairs()))
+
+    def sdpa_masked(self) -> Contestant:
+        attention = functools.partial(F.scaled_dot_product_attention, attn_mask=self._kept_pairs())
+        return self.mode.contestant("SDPA, masked", attention)
+
+    def sdpa_dense(self, *, yardstick: bool) -> Contestant:
+        """Dense causal attention needs no mask and has the fastest kernel in torch: what it costs to keep everything.
+
+        A yardstick where the pattern is another: its work is then counted over the pairs that it keeps.
+        """
+        task = None
+        if yardstick:
+            dense, n = self.mode.of(in_chunks(causal().keep)), self.size.positions
+            task = Task(dense, dense, self._flops(n * (n + 1) / 2), self._bytes())
+        return self.mode.contestant(SDPA, functools.partial(F.scaled_dot_product_attention, is_causal=True), task)
+
+    def _inputs(self, generator: torch.Generator) -> Inputs:
+        shape = self.size.batch, self.size.heads, self.size.positions, self.size.head_dim
+        drawn = functools.partial(torch.randn, shape, generator=generator, device=self.device, dtype=self.dtype)
+        # Query, key, value, and the gradient of the output.
+        return tuple(drawn() for _ in range(3 if self.mode is FORWARD else 4))
+
+    def _task(self) -> Task:
+        # A partial block counts as a whole one, for every contestant alike.
+        flops, keep = self._flops(self.layout.kept_blocks * self.block_size**2), self.pattern.keep
+        if self.checked_rows is None:
+            truth = self.mode.of(in_chunks(keep))
+            # Rows don't mind being computed in chunks. Gradients of keys and values summed chunk by chunk are rounded
+            # less than plain PyTorch rounds them.
+            plain = truth if self.mode is FORWARD else self.mode.of(masked(self._kept_pairs()))
+            return Task(truth, plain, flops, self._bytes())
+        rows = sampled(self.size.positions, self.checked_rows).to(self.device)
+
+        def some(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return in_chunks(keep, rows)(query[:, :, rows], key, value)
+
+        return Task(some, some, flops, self._bytes(), compared=lambda out: out[:, :, rows])
+
+    def _kept_pairs(self) -> Tensor:
+        return self.pattern.positions(self.size.positions, self.device)
+
+    def _flops(self, pairs: float) -> float:
+        """A kept pair takes a multiply-add, two operations, for each feature in a product of matrices."""
+        return self.mode.products * 2 * pairs * self.size.head_dim * self.size.batch * self.size.heads
+
+    def _bytes(self) -> float:
+        size = self.size
+        return self.mode.tensors * size.batch * size.heads * size.positions * size.head_dim * self.dtype.itemsize
+
+
+def ours(layout: Layout, mode: Mode = FORWARD, query_start: int = 0) -> Contestant:
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return gdl_kernels.sparse_attention(query, key, value, layout, query_start=query_start)
+
+    def explain(query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> Explanation:
+        return gdl_kernels.explain("sparse_attention", query, key, value, layout, query_start=query_start)
+
+    return replace(mode.contestant(OURS, attention), explain=explain)
+
+
+def sampled(positions: int, count: int) -> Tensor:
+    """``count`` of the positions, ascending: one drawn from each of as many equal stretches."""
+    edges = torch.linspace(0, positions, count + 1, dtype=torch.float64).long()
+    return edges[:-1] + (torch.rand(count) * edges.diff()).long()
+
+
+def short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
