@@ -94,14 +94,22 @@ CASES = [
     Case("local and summary columns", lambda: layouts.fixed(150, 32, 8, block_size=16)),
     Case("a window with sinks", lambda: layouts.sliding_with_sinks(150, 20, 3, block_size=32)),
     Case(
-        "a start that is a tensor", lambda: layouts.causal(130, block_size=32), n_q=3, n_k=120, query_start=69,
+        "a start that is a tensor",
+        lambda: layouts.causal(130, block_size=32),
+        n_q=3,
+        n_k=120,
+        query_start=69,
         start_tensor=True,
-    ),  # fmt: skip
+    ),
     Case("many queries from a tensor on", lambda: scattered(150, 90, 32), n_q=70, query_start=45, start_tensor=True),
     Case(
-        "a strided start that is a tensor", lambda: layouts.strided(96, 5, block_size=16), n_q=2, n_k=96,
-        query_start=48, start_tensor=True,
-    ),  # fmt: skip
+        "a strided start that is a tensor",
+        lambda: layouts.strided(96, 5, block_size=16),
+        n_q=2,
+        n_k=96,
+        query_start=48,
+        start_tensor=True,
+    ),
     Case("dropout", lambda: scattered(150, 170, 64), batch=2, dropout_p=0.4),
     Case("dropout in small blocks", lambda: scattered(70, 70, 16), dropout_p=0.2, padding=True),
     Case("dropout in any order", lambda: permuted(90, 32), heads=4, batch=2, dropout_p=0.3),

@@ -26,7 +26,7 @@ def check_start(start: int, n_q: int, n_k: int, sizes: list[int]) -> None:
             f"layout has queries 0 to {layout_n_q - 1}, but query_start={start} with {n_q} queries asks for "
             f"{start} to {end - 1}"
         )
-    if causal and n_k < layout_n_k and n_k < end:
+    if causal and n_k < end and n_k < layout_n_k:
         raise ValueError(
             f"a causal layout of {layout_n_k} keys, asked for queries up to {end - 1}, needs between {end} and "
             f"{layout_n_k} keys, got {n_k}"
@@ -153,16 +153,20 @@ def _gradient_of_double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     """Differentiate the reference three times. Where a graph is asked for, its own goes on, to any order."""
     _backends.warn_once("sparse_attention", "takes third derivatives from the reference, in O(Nq * Nk) memory")
     tensors, call = _kept(ctx, 8)
+    padding, layout, sizes, scale, query_start, start_tensor, dropout_p, seed, _backend = call
     higher = torch.is_grad_enabled()
     with torch.enable_grad():
         # Each an object of its own, with a partial derivative of its own, still in the caller's graph.
-        own = [
+        own: list[Any] = [
             t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors
         ]
         *cotangents, grad_out, grad_lse, query, key, value = own
         inputs = [query, key, value]
-        out, lse = by_reference(*inputs, *call[:-1], return_lse=grad_lse is not None)
-        outputs = [out] if grad_lse is None else [out, lse]
+        out, lse = by_reference(
+            query, key, value, padding, layout_of(layout, sizes), scale, query_start, start_tensor, dropout_p, seed,
+            grad_lse is not None,
+        )  # fmt: skip
+        outputs: list[Any] = [out] if grad_lse is None else [out, lse]
         given = [grad_out] if grad_lse is None else [grad_out, grad_lse]
         first = torch.autograd.grad(outputs, inputs, given, create_graph=True)
         second = torch.autograd.grad(first, [*given, *inputs], cotangents, create_graph=True)
@@ -181,7 +185,8 @@ def _keep(ctx: Any, tensors: Sequence[Tensor | None], call: Sequence[Any]) -> No
 
 def _kept(ctx: Any, count: int) -> tuple[list[Tensor], list[Any]]:
     """The tensors of a call, and what an op takes after them."""
-    tensors, (padding, start_tensor, seed, *layout) = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    saved = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
+    tensors, (padding, start_tensor, seed, *layout) = saved[:count], saved[count:]
     sizes, scale, query_start, dropout_p, backend = ctx.call
     return list(tensors), [padding, layout, sizes, scale, query_start, start_tensor, dropout_p, seed, backend]
 
@@ -191,13 +196,10 @@ def _no_gradients(call: Sequence[Any]) -> list[Any]:
 
 
 def by_reference(
-    query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, layout: Layout | list[Tensor],
-    sizes: list[int], scale: float, query_start: int, start_tensor: Tensor | None, dropout_p: float,
-    seed: Tensor | None, *, return_lse: bool,
+    query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, layout: Layout, scale: float,
+    query_start: int, start_tensor: Tensor | None, dropout_p: float, seed: Tensor | None, return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """What an op is given, computed by the reference."""
-    if not isinstance(layout, Layout):
-        layout = layout_of(layout, sizes)
     batch, heads, n_q, _ = query.shape
     n_k = key.shape[2]
     mask, dropout = layout.dense_mask()[:, :, :n_k], None
