@@ -4,7 +4,17 @@ from . import layouts, nn
 from ._backends import available_backends, backend, explain
 from .ops.pixel_norm import pixel_norm
 from .ops.sparse_attention import sparse_attention
+from .ops.sparse_attention.merge import merge_attention
 
 __version__ = "0.1.0"
 
-__all__ = ["available_backends", "backend", "explain", "layouts", "nn", "pixel_norm", "sparse_attention"]
+__all__ = [
+    "available_backends",
+    "backend",
+    "explain",
+    "layouts",
+    "merge_attention",
+    "nn",
+    "pixel_norm",
+    "sparse_attention",
+]

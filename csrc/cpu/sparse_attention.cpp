@@ -175,11 +175,19 @@ inline void scale_scores(float* scores, int rows, int columns, float scale) {
     }
 }
 
+// A tile of keys that a tile of rows sees.
+struct KeysSeen {
+  std::int64_t block;
+  int part;                  // the tile's place in the block
+  const std::int32_t* mask;  // of the block, null where the tile is full
+};
+
 template <typename T, typename X>
 struct Scratch {
   Buffer<T> rows, scores, kept, out;
   Buffer<X> query, weights;  // of packed operands
   T maxima[kMaxTile], sums[kMaxTile];
+  std::vector<KeysSeen> keys;
 };
 
 template <typename E>
@@ -207,6 +215,7 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
                          make_buffer<T>(tile * value_dim),
                          make_buffer<X>(packed ? tile * panels.depth : 0),
                          make_buffer<X>(packed ? tile * kScoresStride / 2 : 0),
+                         {},
                          {},
                          {}};
   };
@@ -240,40 +249,42 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
     std::fill(s.out.get(), s.out.get() + rows * value_dim, T(0));
 
     const std::int64_t line = (call.layout_heads == 1 ? 0 : head) * geometry.q_blocks + t.block;
-    const std::int32_t split = call.rows.splits[line];
-    const std::int64_t first = std::int64_t(call.rows.starts[line]) * geometry.tiles_per_block;
-    const std::int64_t last = std::int64_t(call.rows.starts[line + 1]) * geometry.tiles_per_block;
-    for (std::int64_t begin = first; begin < last; begin += at_once) {
-      const int count = static_cast<int>(std::min<std::int64_t>(at_once, last - begin));
+    s.keys.clear();
+    for (std::int32_t entry = call.rows.starts[line]; entry < call.rows.starts[line + 1]; ++entry) {
+      const std::int32_t* mask = nullptr;
+      if (entry >= call.rows.splits[line])
+        mask = call.mask_table + std::int64_t(call.rows.masks[entry]) * call.block_size * geometry.words;
+      for (int part = 0; part < geometry.tiles_per_block; ++part) {
+        const Kept kept = kept_of_tile(geometry, mask, t.first / tile, part);
+        if (kept != Kept::kNothing)
+          s.keys.push_back({call.rows.blocks[entry], part, kept == Kept::kEverything ? nullptr : mask});
+      }
+    }
+    for (std::size_t begin = 0; begin < s.keys.size(); begin += at_once) {
+      const KeysSeen* seen = s.keys.data() + begin;
+      const int count = static_cast<int>(std::min<std::size_t>(at_once, s.keys.size() - begin));
       const X *keys[kKeysAtOnce / 16 + 1], *values[kKeysAtOnce / 16 + 1];
+      std::int64_t panel[kKeysAtOnce / 16];
       for (int k = 0; k < count; ++k) {
-        const std::int64_t panel = panels.of(batch, head, call.rows.blocks[(begin + k) / geometry.tiles_per_block]) +
-                                   (begin + k) % geometry.tiles_per_block;
-        keys[k] = panels.keys.get() + panel * panels.key_size;
-        values[k] = panels.values.get() + panel * panels.value_size;
+        panel[k] = panels.of(batch, head, seen[k].block) + seen[k].part;
+        keys[k] = panels.keys.get() + panel[k] * panels.key_size;
+        values[k] = panels.values.get() + panel[k] * panels.value_size;
       }
       keys[count] = values[0];
       values[count] = nullptr;
       for (int k = 0; k < count; ++k) {
-        const std::int64_t entry = (begin + k) / geometry.tiles_per_block;
-        const int part = static_cast<int>((begin + k) % geometry.tiles_per_block);
         T* scores = s.scores.get() + k * tile;
         gemm<false>(rows, tile, panels.depth, left, ld_left, 1, keys[k], tile, scores, kScoresStride, keys[k + 1]);
         if constexpr (packed) scale_scores(scores, rows, tile, scale);
-        if (entry >= split) {
-          const std::int64_t mask = std::int64_t(call.rows.masks[entry]) * call.block_size * geometry.words;
-          mask_scores(scores, kScoresStride, rows, tile, call.mask_table + mask, geometry.words, bit_rows, part * tile);
-        }
-        if (panels.bias) {
-          const std::int64_t panel = (keys[k] - panels.keys.get()) / panels.key_size;
-          if (panels.biased[panel]) add_bias(scores, kScoresStride, rows, tile, panels.bias.get() + panel * tile);
-        }
+        if (seen[k].mask != nullptr)
+          mask_scores(scores, kScoresStride, rows, tile, seen[k].mask, geometry.words, bit_rows, seen[k].part * tile);
+        if (panels.bias && panels.biased[panel[k]])
+          add_bias(scores, kScoresStride, rows, tile, panels.bias.get() + panel[k] * tile);
       }
       softmax_step(s.scores.get(), kScoresStride, rows, count * tile, s.maxima, s.sums, s.out.get(), value_dim);
       if (call.dropout_p > 0)
         for (int k = 0; k < count; ++k) {
-          const std::int64_t block = call.rows.blocks[(begin + k) / geometry.tiles_per_block];
-          const std::int64_t place = block * call.block_size + (begin + k) % geometry.tiles_per_block * tile;
+          const std::int64_t place = seen[k].block * call.block_size + seen[k].part * tile;
           std::int64_t positions[kMaxTile];
           for (int j = 0; j < tile; ++j) positions[j] = key_at(call, head, place + j);
           dropout_multipliers(call, batch, head, query_positions, rows, positions, tile, T(1), s.kept.get(), tile);

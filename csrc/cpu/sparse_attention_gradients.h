@@ -119,7 +119,7 @@ struct RowsSeen {
   std::int64_t head;
   std::int64_t place, row;   // among the packed rows of the head, and of all heads
   std::int64_t first_place;  // in the layout
-  const std::int32_t* mask;  // of the block, null where it is full
+  const std::int32_t* mask;  // of the block, null where the tile is full
   int first_bit_row, first_bit_column;
 };
 
@@ -195,8 +195,13 @@ void walk_columns(const Attention& call, const Geometry& geometry, const ColumnS
               const std::int64_t first_place = row_block * call.block_size + t * tile;
               const std::int64_t place = first_place - rows.first_place;
               const std::int64_t row = (batch * call.heads + head) * rows.places + place;
-              if (rows.used[row / tile])
-                pair(at, RowsSeen{head, place, row, first_place, mask, t * tile, part * tile}, s.own);
+              if (!rows.used[row / tile]) continue;
+              const Kept kept = kept_of_tile(geometry, mask, t, part);
+              if (kept == Kept::kNothing) continue;
+              pair(at,
+                   RowsSeen{head, place, row, first_place, kept == Kept::kEverything ? nullptr : mask, t * tile,
+                            part * tile},
+                   s.own);
             }
           }
         }

@@ -148,6 +148,21 @@ inline void add_bias(T* scores, long ld, int rows, int columns, const T* bias) {
       store<T>(scores + i * ld + v, load(scores + i * ld + v) + load(bias + v));
 }
 
+// What a block keeps of one of its tiles: a diagonal block of several tiles has some that are empty and some that are
+// full.
+enum class Kept { kNothing, kSomething, kEverything };
+
+inline Kept kept_of_tile(const Geometry& geometry, const std::int32_t* mask, int row_part, int column_part) {
+  if (mask == nullptr) return Kept::kEverything;
+  if (geometry.tiles_per_block == 1) return Kept::kSomething;
+  const int tile = geometry.tile, tile_words = tile / 32;
+  const std::int32_t* first = mask + row_part * tile * geometry.words + column_part * tile_words;
+  std::int32_t any = 0, all = -1;
+  for (int i = 0; i < tile; ++i)
+    for (int w = 0; w < tile_words; ++w) any |= first[i * geometry.words + w], all &= first[i * geometry.words + w];
+  return any == 0 ? Kept::kNothing : all == -1 ? Kept::kEverything : Kept::kSomething;
+}
+
 // Scores that a partial block does not keep become -inf. Row i of the tile is row bit_rows[i] of the block.
 template <typename T>
 inline void mask_scores(T* scores, long ld, int rows, int columns, const std::int32_t* mask, int words,

@@ -15,6 +15,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+def _mark_dynamic(tensor: Tensor) -> None:
+    """Tell torch.compile that sizes are data, as ``torch._dynamo.maybe_mark_dynamic`` does, whose import takes seconds.
+
+    Else two that happen to be equal would be tied, or one that has not changed yet fixed, and a later layout would
+    compile anew.
+    """
+    for marked in (tensor, tensor._base):  # of a view it looks at the base too
+        if marked is not None:
+            marked._dynamo_weak_dynamic_indices = set(range(marked.dim()))  # type: ignore[attr-defined]
+            marked._has_dynamo_dim_marking = True  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True, eq=False)
 class BlockLists:
     """For each block row (or block column) of each head, the blocks that it keeps.
@@ -78,6 +90,8 @@ class Layout:
         n = torch.arange(self.order.shape[1], dtype=torch.int32, device=self.order.device)
         places = torch.empty_like(self.order).scatter_(1, self.order.long(), n.expand_as(self.order))
         object.__setattr__(self, "places", places)
+        for tensor in self.tensors():
+            _mark_dynamic(tensor)
 
     @property
     def q_blocks(self) -> int:

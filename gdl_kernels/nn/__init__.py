@@ -1,5 +1,7 @@
 """The ops as modules."""
 
+from .key_value_cache import KeyValueCache
 from .pixel_norm import PixelNorm
+from .sparse_self_attention import SparseSelfAttention
 
-__all__ = ["PixelNorm"]
+__all__ = ["KeyValueCache", "PixelNorm", "SparseSelfAttention"]

@@ -44,6 +44,6 @@ def problem(config: Config, tokens: list[int], batch: int, dtype: torch.dtype, d
     def explain() -> list[Explanation]:
         shape = (batch, config.heads, config.context, head_dim)
         query = torch.empty(shape, device=device, dtype=dtype)
-        return [gdl_kernels.explain("sparse_attention", query, query, query, model.layouts_on(query.device)[0])]
+        return [gdl_kernels.explain("sparse_attention", query, query, query, model.attention[0].layout)]
 
     return Problem(model, lambda: model(excerpts[:, :-1]), lambda: bits_per_token(model, excerpts), explain)

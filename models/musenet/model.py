@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import gdl_kernels
 from gdl_kernels.layouts import Layout
+from gdl_kernels.nn import KeyValueCache, SparseSelfAttention
 
 from .patterns import ATTENTION, Attention, layer_layouts
 
@@ -92,53 +92,19 @@ def sinusoids(
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1).to(dtype)
 
 
-class Cache:
-    """The keys and values of the positions so far, with room for the whole context: ``(layers, B, H, context, D)``."""
-
-    def __init__(self, config: Config, batch: int, *, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.layers, batch, config.heads, config.context, config.width // config.heads)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0
-
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put a layer's new keys and values behind the old ones, and return all of them. No copy of the old."""
-        end = self.length + key.shape[2]
-        self.keys[layer, :, :, self.length : end] = key
-        self.values[layer, :, :, self.length : end] = value
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, config: Config, layer: int) -> None:
-        super().__init__()
-        self.layer, self.heads = layer, config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
-
-    def forward(self, x: Tensor, layout: Layout, cache: Cache | None) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, N, D]
-        start = 0
-        if cache is not None:
-            start = cache.length
-            key, value = cache.extend(self.layer, key, value)
-        seen = gdl_kernels.sparse_attention(query, key, value, layout, query_start=start)
-        return self.out(seen.transpose(1, 2).flatten(2))
-
-
 class Block(nn.Module):
-    def __init__(self, config: Config, layer: int) -> None:
+    def __init__(self, config: Config, layout: Layout) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(config.width)
-        self.attention = SelfAttention(config, layer)
+        self.attention = SparseSelfAttention(config.width, config.heads, layout)
         self.mlp_norm = nn.LayerNorm(config.width)
         self.mlp = nn.Sequential(
             nn.Linear(config.width, 4 * config.width), nn.GELU(), nn.Linear(4 * config.width, config.width)
         )
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), layout, cache))
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), cache=cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -153,12 +119,12 @@ class MuseNet(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, config.width)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
-        self.layouts: Sequence[Layout] = layer_layouts(
+        layouts = layer_layouts(
             config.attention, layers=config.layers, heads=config.heads, context=config.context,
             stride=config.stride, summary=config.summary,
         )  # fmt: skip
+        self.blocks = nn.ModuleList(Block(config, layout) for layout in layouts)
+        self.norm = nn.LayerNorm(config.width)
         self._initialize()
 
     def _initialize(self) -> None:
@@ -173,18 +139,22 @@ class MuseNet(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def cache(self, batch: int = 1) -> Cache:
-        """An empty cache for decoding with this model."""
-        weight = self.embedding.weight
-        return Cache(self.config, batch, device=weight.device, dtype=weight.dtype)
+    @property
+    def attention(self) -> list[SparseSelfAttention]:
+        """The attention of each layer."""
+        return [module for module in self.modules() if isinstance(module, SparseSelfAttention)]
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+    def cache(self, batch: int = 1) -> list[KeyValueCache]:
+        """Empty caches for decoding with this model, one a layer."""
+        return [attention.cache(batch) for attention in self.attention]
+
+    def forward(self, tokens: Tensor, cache: Sequence[KeyValueCache] | None = None) -> Tensor:
         """Logits of the next token.
 
         Args:
             tokens: int64 ``(B, N)``.
-            cache: what came before ``tokens``; grows by ``tokens``. One more token costs what its rows of the layouts
-                keep, not what was decoded before.
+            cache: what came before ``tokens``; grows by ``tokens``, without gradients. One more token costs what its
+                rows of the layouts keep, not what was decoded before.
 
         Returns:
             ``(B, N, vocabulary)``.
@@ -194,28 +164,19 @@ class MuseNet(nn.Module):
         """
         if tokens.dim() != 2:
             raise ValueError(f"tokens must be (batch, positions), got shape {tuple(tokens.shape)}")
-        start = 0 if cache is None else cache.length
+        start = 0 if cache is None else cache[0].length
         end = start + tokens.shape[1]
         if end > self.config.context:
             raise ValueError(f"tokens must end within the context, {self.config.context}, but would end at {end}")
         width, dtype = self.config.width, self.embedding.weight.dtype
         place = sinusoids(start, tokens.shape[1], width, device=tokens.device, dtype=dtype)
         x = self.embedding(tokens) * math.sqrt(width) + place
-        for block, layout in zip(self.blocks, self.layouts_on(tokens.device)):
+        for layer, block in enumerate(self.blocks):
             if self.config.recompute and self.training and cache is None:
-                x = checkpoint(block, x, layout, use_reentrant=False)
+                x = checkpoint(block, x, use_reentrant=False)
             else:
-                x = block(x, layout, cache)
-        if cache is not None:
-            cache.length = end
+                x = block(x, None if cache is None else cache[layer])
         return F.linear(self.norm(x), self.embedding.weight)
-
-    def layouts_on(self, device: torch.device) -> Sequence[Layout]:
-        """The layouts, moved if they are elsewhere; layers go on sharing them, and with them what they have cached."""
-        if self.layouts[0].device != device:
-            moved = {id(layout): layout.to(device) for layout in self.layouts}
-            self.layouts = [moved[id(layout)] for layout in self.layouts]
-        return self.layouts
 
 
 def bits_per_token(model: MuseNet, tokens: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def _tokens(
         logits = model(given, cache)[0, -1].float()
         token = draw(logits, temperature, top_k, generator)
         yield token
-        if cache.length == model.config.context:
+        if cache[0].length == model.config.context:
             return
         given = torch.tensor([[token]], device=device)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from gdl_kernels import layouts
 
@@ -18,6 +20,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
@@ -25,6 +28,12 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 #: The most shared memory a block may have: A100, Hopper, Blackwell.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+#: The tensor core instruction of each.
+PRODUCT = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+
+#: By kernel, what its launches compiled, by Triton's own key.
+Compiled = dict[str, dict[str, Any]]
 
 
 class Target:
@@ -61,52 +70,125 @@ def resource_usage(cubin: bytes, path: Path) -> dict[str, int]:
     return usage
 
 
+@pytest.fixture
+def compiled(target: int, monkeypatch: pytest.MonkeyPatch) -> Compiled:
+    """The launchers run as they are, up to the launch: compiled is what they would have launched."""
+    from gdl_kernels.ops.sparse_attention.triton import launch
+
+    kernels: Compiled = defaultdict(dict)
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
+        assert grid[0] > 0
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        kernels[self.fn.__name__][kernel.hash] = kernel
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(launch, "_capability", lambda device: target // 10)
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    return kernels
+
+
+def launch_all(
+    n_q: int, n_k: int, head_dim: int, dtype: torch.dtype, call: tuple[Any, ...], *, heads: int = 4, kv_heads: int = 4
+) -> None:
+    """Forward, backward and double backward of one call."""
+    from gdl_kernels.ops.sparse_attention import triton as kernels
+
+    query, out, grad_out, grad_grad_query = (torch.empty(2, heads, n_q, head_dim, dtype=dtype) for _ in range(4))
+    key, value, grad_grad_key, grad_grad_value = (
+        torch.empty(2, kv_heads, n_k, head_dim, dtype=dtype) for _ in range(4)
+    )
+    lse, grad_lse = (torch.empty(2, heads, n_q) for _ in range(2))
+    kernels.forward((out, lse), query, key, value, *call)
+    saved = grad_out, grad_lse, query, key, value, out, lse
+    kernels.backward((query, key, value), *saved, *call)
+    outputs = grad_out, lse, query, key, value
+    kernels.double_backward(outputs, grad_grad_query, grad_grad_key, grad_grad_value, *saved, *call)
+
+
 @pytest.mark.parametrize(
-    ("target", "dtype", "head_dim", "block_size"),
+    ("target", "dtype", "head_dim", "block_size", "dropout_p"),
     [
-        (80, torch.bfloat16, 64, 64),
-        (80, torch.float16, 128, 128),
-        (90, torch.bfloat16, 64, 128),
-        (90, torch.bfloat16, 128, 64),
-        (90, torch.float16, 128, 128),
-        (100, torch.bfloat16, 64, 64),
+        (80, torch.bfloat16, 64, 64, 0.0),
+        (80, torch.float16, 128, 128, 0.0),
+        (90, torch.bfloat16, 64, 128, 0.0),
+        (90, torch.bfloat16, 64, 64, 0.1),
+        (90, torch.bfloat16, 128, 64, 0.0),
+        (90, torch.float16, 128, 128, 0.0),
+        (100, torch.bfloat16, 64, 64, 0.0),
     ],
     indirect=["target"],
     ids=str,
 )
 def test_resources(
-    target: int, dtype: torch.dtype, head_dim: int, block_size: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    target: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: int,
+    dropout_p: float,
+    compiled: Compiled,
+    tmp_path: Path,
 ) -> None:
-    """The launchers run as they are, up to the launch: compiled is what they would have launched."""
-    from gdl_kernels.ops.sparse_attention import triton as kernels
+    seed = torch.randint(2**63 - 1, ()) if dropout_p else None
+    for n_q in (256, 1):
+        layout = layouts.causal(256, block_size=block_size)
+        launch_all(
+            n_q, 256, head_dim, dtype,
+            (None, layout.tensors(), layout.sizes(), 0.125, 256 - n_q, None, dropout_p, seed, "triton"),
+        )  # fmt: skip
 
-    compiled: dict[str, Any] = {}
+    products = {"_forward", "_grad_query", "_grad_key_value", "_double_rows", "_double_columns", "_decode"}
+    assert set(compiled) == products | {"_row_terms", "_merge"}
+    for name, variants in compiled.items():
+        for kernel in variants.values():
+            shared = kernel.metadata.shared
+            assert shared <= SHARED_MEMORY[target], f"{name}: {shared} bytes of shared memory"
+            usage = resource_usage(kernel.asm["cubin"], tmp_path / f"{name}.cubin")
+            assert usage["STACK"] == usage["LOCAL"] == 0, f"{name} spills: {usage}"
+            if name in products:
+                # Tiles of few rows, of the query heads of a group or where many tiles are held, are for mma.sync.
+                few_rows = name == "_decode" or (name.startswith("_double") and head_dim == 128)
+                instruction = PRODUCT[80 if few_rows else target]
+                assert instruction in kernel.asm["ptx"], f"{name} does not use {instruction}"
+                assert "cp.async" in kernel.asm["ptx"], f"{name} is not pipelined"
+            if name in ("_forward", "_grad_query", "_grad_key_value"):
+                by_copy_engine = "cp.async.bulk.tensor" in kernel.asm["ptx"]
+                assert by_copy_engine == (target >= 90), f"{name} loads its tiles the other way"
 
-    def compile_only(
-        kernel: Any, programs: int, device: torch.device, num_warps: int, num_stages: int, *args: Any, **constants: Any
-    ) -> None:
-        assert programs > 0
-        compiled[kernel.__name__] = kernel.warmup(
-            *args, **constants, grid=(programs,), num_warps=num_warps, num_stages=num_stages
-        )
 
-    monkeypatch.setattr(kernels, "_launch", compile_only)
-    monkeypatch.setattr(kernels, "_capability", lambda device: target // 10)
-    layout = layouts.from_mask(torch.ones(256, 256, dtype=torch.bool).tril(), block_size=block_size).tensors()
-    query, key, value, out, grad_out = (torch.empty(2, 4, 256, head_dim, dtype=dtype) for _ in range(5))
-    lse = torch.empty(2, 4, 256)
-    call = (None, layout, [256, 256, block_size], 0.125, 0, "triton")
-    kernels.forward((out, lse), query, key, value, *call)
-    kernels.backward((query, key, value), grad_out, None, query, key, value, out, lse, *call)
+def start_of(value: int) -> Tensor:
+    return torch.tensor(value)
 
-    assert set(compiled) == {"_forward", "_row_terms", "_grad_query", "_grad_key_value"}
-    for name, kernel in compiled.items():
-        shared = kernel.metadata.shared
-        assert shared <= SHARED_MEMORY[target], f"{name}: {shared} bytes of shared memory"
-        usage = resource_usage(kernel.asm["cubin"], tmp_path / f"{name}.cubin")
-        assert usage["STACK"] == usage["LOCAL"] == 0, f"{name} spills: {usage}"
-        if name == "_row_terms":
-            continue
-        instruction = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[target]
-        assert instruction in kernel.asm["ptx"], f"{name} does not use {instruction}"
-        assert "cp.async" in kernel.asm["ptx"], f"{name} is not pipelined"
+
+@pytest.mark.parametrize("target", [90], indirect=True)
+@pytest.mark.parametrize(
+    ("make", "start"),
+    [
+        (lambda n: layouts.causal(n, block_size=64), int),
+        (lambda n: layouts.local(n, n // 3 + 1, block_size=64) | layouts.fixed(n, 32, 8, block_size=64), start_of),
+        (lambda n: layouts.strided(n, 7, block_size=64), start_of),
+    ],
+    ids=["causal", "union", "strided"],
+)
+@pytest.mark.parametrize("decoding", [False, True], ids=["many queries", "decode"])
+def test_a_new_length_compiles_nothing(
+    make: Callable[[int], layouts.Layout], start: Callable[[int], int | Tensor], decoding: bool, compiled: Compiled
+) -> None:
+    """A hundred lengths, starts, caches, scales, rates of dropout: data, all of them."""
+    torch.manual_seed(0)
+    before: dict[str, set[str]] = {}
+    for i in range(100):
+        n = 40 + i * 7 if i else 64  # the first has only numbers that a compiler might take for special
+        layout = make(n)
+        n_q = 1 if decoding else n if i % 2 else n - i % 16
+        first = start(0 if i == 0 else n - n_q)
+        start_tensor = first if isinstance(first, Tensor) else None
+        call = (
+            None, layout.tensors(), layout.sizes(), 1 / (i + 1), 0 if start_tensor is not None else first, start_tensor,
+            (i + 1) / 200, torch.randint(2**63 - 1, ()), "triton",
+        )  # fmt: skip
+        launch_all(n_q, n, 64, torch.bfloat16, call)
+        after = {name: set(variants) for name, variants in compiled.items()}
+        assert not before or after == before, f"{n} positions, {n_q} queries compiled anew"
+        before = after

@@ -158,7 +158,7 @@ def _check(
         raise ValueError(f"layout must have 1 head or as many as query, {heads}, got {layout.heads}")
     if layout.device != query.device:
         raise ValueError(f"layout must be on the device of query, {query.device}, got {layout.device}: layout.to(...)")
-    if n_k > layout.n_k or n_k < layout.n_k and not layout.causal:
+    if n_k > layout.n_k or (not layout.causal and n_k < layout.n_k):
         raise ValueError(f"layout is for {layout.n_k} keys, got {n_k}")
     if not isinstance(query_start, Tensor):
         op.check_start(query_start, n_q, n_k, layout.sizes())

@@ -97,7 +97,8 @@ def _second_gradients(
     value: Tensor, out: Tensor, lse: Tensor, *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Of ``grad_out``, ``grad_lse``, ``query``, ``key`` and ``value``."""
-    return torch.empty_like(out), torch.empty_like(lse), *_gradients(grad_out, grad_lse, query, key, value)
+    grad_grad_lse = torch.empty_like(lse, memory_format=torch.contiguous_format)  # as the kernels keep lse
+    return torch.empty_like(out), grad_grad_lse, *_gradients(grad_out, grad_lse, query, key, value)
 
 
 def _launcher(backend: str, name: str) -> Any:
