@@ -146,8 +146,8 @@ def _compare(ours: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype, wha
     if not finite.any():
         return 0.0, 0.0, 0.0
     error = (ours - exact)[finite].abs().max().item()
-    # Sums of few terms plain PyTorch may have exactly, by luck: in float32, where it is close to that, some more rounding
-    # steps are allowed. In float64 it is the judge, and how far off it is itself is not known.
+    # Sums of few terms plain PyTorch may have exactly, by luck: in float32, where it is close to that, some more
+    # rounding steps are allowed. In float64 it is the judge, and how far off it is itself is not known.
     ulps = {torch.float64: 32, torch.float32: 16}.get(dtype, 1)
     if what.startswith("second"):
         ulps *= 8  # its terms cancel several times over
