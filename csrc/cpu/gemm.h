@@ -74,7 +74,7 @@ template <typename X, int rows, int columns, bool accumulate>
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < columns; ++j) sum[i][j] = accumulate ? load(c + i * ld_c + j * kWidth<T>) : Vec<T>{};
+    for (int j = 0; j < columns; ++j) sum[i][j] = Vec<T>{};
   for (int p = 0; p < k; ++p) {
     __builtin_prefetch(next + p * kCacheLine<X>, 0, 2);
     typename OperandVec<X>::type line[columns];
@@ -95,7 +95,11 @@ template <typename X, int rows, int columns, bool accumulate>
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < columns; ++j) store<T>(c + i * ld_c + j * kWidth<T>, sum[i][j]);
+    for (int j = 0; j < columns; ++j) {
+      T* to = c + i * ld_c + j * kWidth<T>;
+      // C is added last: a long sum made of short ones is rounded less often at its full size.
+      store<T>(to, accumulate ? load(to) + sum[i][j] : sum[i][j]);
+    }
 }
 
 template <bool accumulate, int columns, typename X, int rows = kTileRows<columns>>
