@@ -26,6 +26,7 @@ _FULL = (0.13, 0.27, 0.53)
 def cells(layout: Layout, most: int = _CELLS) -> tuple[Tensor, int]:
     """The share of pairs that each cell keeps, float64 ``(heads, rows, columns)``, and the blocks on a cell's side.
 
+    Of a layout without ``rest``, in its order.
     0 is a cell that keeps nothing and 1 one that keeps everything, exactly; rows and columns are at most ``most``.
     """
     blocks = -(-max(layout.q_blocks, layout.k_blocks) // most)
@@ -48,10 +49,14 @@ def plot(layout: Layout, path: str | Path | None) -> Figure:
     except ImportError as error:
         raise ImportError("Layout.plot needs matplotlib: pip install matplotlib") from error
 
+    from ._algebra import natural_order
+
     if path is not None:
         path = Path(path)
         if path.is_dir() or not path.parent.is_dir():
             raise ValueError(f"path must be a file in a folder that exists, got {str(path)!r}")
+    if layout.rest is not None:
+        layout = natural_order(layout)
     share, blocks = cells(layout)
     across = min(layout.heads, _HEADS_IN_A_ROW)
     down = -(-layout.heads // across)

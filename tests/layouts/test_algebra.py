@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import random
 
@@ -101,7 +102,7 @@ def test_an_intersection_may_be_causal_where_neither_is() -> None:
     parts = []
     for mask in kept:
         layout = layouts.from_mask(mask[order[0].long()][:, order[0].long()], block_size=16)
-        parts.append(Layout(**{**layout.__getstate__(), "causal": False, "order": order}))
+        parts.append(dataclasses.replace(layout, causal=False, order=order))
     assert torch.equal(parts[0].to_mask(), kept[0])
     brute_force.check(parts[0] & parts[1], ~later)
     assert (parts[0] & parts[1]).causal

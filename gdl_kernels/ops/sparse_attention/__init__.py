@@ -11,6 +11,7 @@ from torch import Tensor
 from ..._philox import draw_seed
 from ...layouts import Layout
 from . import op
+from .merge import merge_attention
 
 
 @overload
@@ -94,11 +95,19 @@ def sparse_attention(
     start, start_tensor = (0, query_start.view(())) if isinstance(query_start, Tensor) else (query_start, None)
     seed = draw_seed(device) if dropout_p > 0 else None
     call = (query, key, value, key_padding_mask)
-    rest = (layout.sizes(), scale, start, start_tensor, dropout_p, seed)
+    rest = (scale, start, start_tensor, dropout_p, seed)
     if chosen == "reference":
-        out, lse = op.by_reference(*call, layout, *rest, return_lse=return_lse)
+        out, lse = op.by_reference(*call, layout, layout.sizes(), *rest, return_lse=return_lse)
     else:
-        out, lse = op.forward(*call, layout.tensors(), *rest, chosen)
+        out, lse = op.forward(*call, layout.tensors(), layout.sizes(), *rest, chosen)
+        outs, lses = [out], [lse]
+        while layout.rest is not None:
+            layout = layout.rest
+            out, lse = op.forward(*call, layout.tensors(), layout.sizes(), *rest, chosen)
+            outs.append(out)
+            lses.append(lse)
+        if len(outs) > 1:
+            out, lse = merge_attention(outs, lses)
     return (out, lse) if return_lse else out  # type: ignore[return-value]
 
 
