@@ -44,6 +44,7 @@ def sparse_attention(
     ``out[b, h, i] = sum_j p[i, j] value[b, g, j]`` with ``p[i, :] = softmax_j(scale * <query[b, h, i], key[b, g, j]>)``
     over the keys ``j`` that row ``query_start + i`` of the layout keeps, and ``g = h // (H // Hkv)``.
     Time and memory grow with the blocks that the layout keeps, not with ``Nq * Nk``.
+    A layout with ``rest`` takes a pass for each of its parts; they are merged as ``merge_attention`` does.
 
     Args:
         query: ``(B, H, Nq, D)``, any strides.
