@@ -47,7 +47,7 @@ def _chosen_device(name: str | None) -> torch.device:
 @app.command()
 def main(
     op: Annotated[list[str] | None, typer.Option(help="An op; may be given again. All ops by default.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases and rounds: a minute on two cores.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases and rounds: two minutes on two cores.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. A GPU by default, where there is one.")] = None,
     case: Annotated[
         list[str] | None, typer.Option(help="Only cases with this in their name; may be given again, for either.")

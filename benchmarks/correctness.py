@@ -16,7 +16,7 @@ def _errors(output: Tensor, truth: Tensor) -> tuple[float, float]:
 
 
 def error_share(outputs: Outputs, plain: Outputs, truth: Outputs) -> float:
-    """The error of ``outputs``, as a share of what is allowed: twice that of ``plain``, plus a unit in the last place.
+    """The error of ``outputs`` as a share of what is allowed: twice that of ``plain`` plus two units in the last place.
 
     Both the largest and the root-mean-square error count: the first finds one wrong element, the second a wrong region
     whose values are small beside the largest ones. NaN counts as infinitely wrong.
@@ -32,9 +32,9 @@ def error_share(outputs: Outputs, plain: Outputs, truth: Outputs) -> float:
         if ours.shape != right.shape or ours.dtype != theirs.dtype:
             raise ValueError(f"output is {ours.dtype} {tuple(ours.shape)}, must be {theirs.dtype} {tuple(right.shape)}")
         sizes = right.abs().max().item(), right.square().mean().sqrt().item()
-        ulp = torch.finfo(ours.dtype).eps  # for inputs on which plain PyTorch happens to be exact
+        floor = 2 * torch.finfo(ours.dtype).eps  # for inputs on which plain PyTorch happens to be nearly exact
         for error, plain_error, size in zip(_errors(ours, right), _errors(theirs, right), sizes):
-            allowed = 2 * plain_error + ulp * size
+            allowed = 2 * plain_error + floor * size
             share = error / allowed if allowed else math.inf if error else 0.0
             shares.append(math.inf if math.isnan(share) else share)
     return max(shares)

@@ -24,7 +24,7 @@ class Check:
     Attributes:
         what: the output or gradient that came closest to its allowance or went furthest past it.
         error: its largest error.
-        allowed: twice that of plain PyTorch in the same dtype, and a unit in the last place.
+        allowed: twice that of plain PyTorch in the same dtype, and some units in the last place.
         verdict: "right", "wrong", "raised", or "can't" where the backend doesn't serve such a call.
         why: what was raised, or why the backend doesn't serve it.
     """
@@ -85,7 +85,7 @@ def _check(
         exact = _run(function, example, "reference", torch.device("cpu"), dtype, torch.float64, seed)
     except Exception as error:  # whatever a broken kernel raises belongs in the table, beside the others
         return replace(row, verdict="raised", why=f"{type(error).__name__}: {error}")
-    results = ((_compare(ours[what], plain[what], exact[what], dtype), what) for what in ours)
+    results = ((_compare(ours[what], plain[what], exact[what], dtype, what), what) for what in ours)
     (share, largest, allowed), what = max(results)
     return replace(row, what=what, error=largest, allowed=allowed, verdict="right" if share <= 1 else "wrong")
 
@@ -118,19 +118,24 @@ def _run(
     seed: int,
 ) -> dict[str, Tensor]:
     args, kwargs, leaves = _prepared(example, device, rounded, dtype)
-    outputs = function(*args, **kwargs, backend=backend)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # for dropout: every backend drops the same
+        outputs = function(*args, **kwargs, backend=backend)
     outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
     differentiable = [output for output in outputs if output.requires_grad]
     generator = torch.Generator().manual_seed(seed + 1)  # not the inputs again
     cotangents = [
         torch.randn(output.shape, generator=generator).to(rounded).to(device, output.dtype) for output in differentiable
     ]
-    gradients = torch.autograd.grad(differentiable, leaves, cotangents)
+    first = torch.autograd.grad(differentiable, leaves, cotangents, create_graph=True)
+    again = [torch.randn(g.shape, generator=generator).to(rounded).to(device, g.dtype) for g in first]
+    second = torch.autograd.grad(first, leaves, again)
     named = {f"output {i}": output for i, output in enumerate(outputs)}
-    return {**named, **{f"gradient {i}": gradient for i, gradient in enumerate(gradients)}}
+    named |= {f"gradient {i}": gradient for i, gradient in enumerate(first)}
+    return named | {f"second gradient {i}": gradient for i, gradient in enumerate(second)}
 
 
-def _compare(ours: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) -> tuple[float, float, float]:
+def _compare(ours: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype, what: str) -> tuple[float, float, float]:
     """Largest error as a share of what is allowed; error; allowed."""
     if ours.shape != plain.shape or ours.dtype != plain.dtype:
         return torch.inf, torch.inf, 0.0
@@ -141,8 +146,11 @@ def _compare(ours: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) -> 
     if not finite.any():
         return 0.0, 0.0, 0.0
     error = (ours - exact)[finite].abs().max().item()
-    # In float64 plain PyTorch is the judge, and how far off it is itself is not known: some rounding steps are allowed.
-    ulps = 32 if dtype == torch.float64 else 1
+    # Sums of few terms plain PyTorch may have exactly, by luck: in float32, where it is close to that, some more
+    # rounding steps are allowed. In float64 it is the judge, and how far off it is itself is not known.
+    ulps = {torch.float64: 32, torch.float32: 16}.get(dtype, 1)
+    if what.startswith("second"):
+        ulps *= 8  # its terms cancel several times over
     floor = ulps * torch.finfo(dtype).eps * exact[finite].abs().max().item()
     allowed = 2 * (plain - exact)[finite].abs().max().item() + floor
     return (error / allowed if allowed else torch.inf * error if error else 0.0), error, allowed

@@ -39,7 +39,8 @@ class BlockLists:
         splits: int32 ``(heads, lines)``, positions in ``blocks``.
         blocks: int32 ``(kept,)``, block columns in a list of rows, block rows in a list of columns.
         masks: int32 ``(kept,)``, a partial block's index into ``Layout.mask_table``; -1 for a full block.
-        longest_first: int32 ``(heads * lines,)``, the lines ``h * lines + l`` by the lengths of their lists, descending.
+        longest_first: int32 ``(heads * lines,)``, the lines ``h * lines + l`` by the lengths of their lists,
+            descending.
     """
 
     starts: Tensor

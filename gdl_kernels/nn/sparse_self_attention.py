@@ -68,15 +68,15 @@ class SparseSelfAttention(nn.Module):
                     f"embed_dim must be a multiple of num_heads, {num_heads}, unless head_dim is given, got {embed_dim}"
                 )
             head_dim = embed_dim // num_heads
+        _positive("head_dim", head_dim)
         if not isinstance(dropout, (int, float)):
             raise TypeError(f"dropout must be a number, got {type(dropout).__name__}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be from 0 up to, not including, 1, got {dropout}")
         _check_layout(layout, num_heads)
-        self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
-        self.head_dim = _positive("head_dim", head_dim)
-        self.dropout, self.backend = dropout, backend
-        self.layout = layout
+        self.embed_dim, self.head_dim = embed_dim, head_dim
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.layout, self.dropout, self.backend = layout, dropout, backend
         self.qkv = nn.Linear(
             embed_dim, (num_heads + 2 * num_kv_heads) * head_dim, bias=bias, device=device, dtype=dtype
         )
@@ -132,8 +132,8 @@ class SparseSelfAttention(nn.Module):
             RuntimeError: if there is a cache and a gradient is asked for; or ``backend`` can't serve the call.
         """
         layout = self.layout if layout is None else layout
-        start = 0 if cache is None else cache.length
         self._check(x, layout, key_padding_mask, cache)
+        start = 0 if cache is None else cache.length
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2 Hkv, N, D]
         query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
         if cache is not None:
@@ -171,13 +171,15 @@ class SparseSelfAttention(nn.Module):
                 raise ValueError(
                     f"key_padding_mask must be {(x.shape[0], end)}, got shape {tuple(key_padding_mask.shape)}"
                 )
+            if key_padding_mask.device != x.device:
+                raise ValueError(f"key_padding_mask must be on {x.device}, got {key_padding_mask.device}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseSelfAttention:
         super()._apply(fn, recurse)
         # Where fn takes a tensor, the layout goes. Not by fn itself, which may change dtypes or leave values behind.
         device = fn(torch.empty(0, dtype=torch.int32, device=self.layout.device)).device
         if device.type != "meta":  # which has no values, that nothing could bring back
-            self.layout = _on(self.layout, device)
+            self.layout = on_device(self.layout, device)
         return self
 
     def extra_repr(self) -> str:
@@ -188,7 +190,8 @@ class SparseSelfAttention(nn.Module):
         )
 
 
-def _on(layout: Layout, device: torch.device) -> Layout:
+def on_device(layout: Layout, device: torch.device) -> Layout:
+    """The layout on a device, the same one at every call while somebody holds it."""
     if layout.device == device:
         return layout
     copies = _copies.setdefault(layout, WeakValueDictionary())

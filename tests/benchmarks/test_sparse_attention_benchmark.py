@@ -57,10 +57,21 @@ def _low(dtype: torch.dtype, device: torch.device) -> Ceiling:
     return Ceiling("add", lambda: torch.ones(8) + 1, 8.0)
 
 
-def _without_flex(case: Case) -> Case:
-    """Compiling FlexAttention takes half a minute."""
-    rivals = [c for c in case.contestants if c.name != FLEX]
-    return dataclasses.replace(case, contestants=rivals, ceiling=_low)
+def _run(case: Case) -> Result:
+    """Without FlexAttention, which takes half a minute to compile.
+
+    The seed is fixed: the largest error of as few values as here is by chance beyond its bound now and then, and the
+    kernels' accuracy has tests of its own.
+    """
+    generator = torch.Generator().manual_seed(0)
+    contestants = [contestant for contestant in case.contestants if contestant.name != FLEX]
+    inputs = case.inputs
+    case = dataclasses.replace(case, contestants=contestants, inputs=lambda _: inputs(generator))
+    return run("sparse_attention", case, PLAN)
+
+
+def _quickly(case: Case, *contestants: Contestant) -> Case:
+    return dataclasses.replace(case, ceiling=_low, contestants=contestants or case.contestants)
 
 
 def _timed(result: Result) -> None:
@@ -107,21 +118,20 @@ def test_in_chunks_is_masked() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", [FORWARD, TRAINING, BACKWARD], ids=lambda mode: mode.name)
 def test_passes_end_to_end(dtype: torch.dtype, mode: Mode) -> None:
-    case = _without_flex(sparse_attention.case(CPU, dtype, 64, mode, quick=False))
-    result = run("sparse_attention", case, PLAN)
+    case = _quickly(sparse_attention.case(CPU, dtype, 64, mode, quick=False))
+    result = _run(case)
     _timed(result)
     assert {row.contestant for row in result.rows if row.yardstick} == {SDPA}
     claims = sparse_attention.bars([result])
     assert len(claims) == (2 if mode is FORWARD else 1)
     assert all(result.case in bar.claim for bar in claims)
-    assert result_table(result).row_count == len(case.contestants) + 1
+    assert result_table(result).row_count == len(result.rows) + 1
     assert bars_table(claims).row_count == len(claims)
 
 
 @pytest.mark.parametrize("mode", [FORWARD, TRAINING], ids=lambda mode: mode.name)
 def test_dense_causal_is_measured_against_a_rival_and_no_yardstick(mode: Mode) -> None:
-    case = dataclasses.replace(sparse_attention.dense_case(CPU, torch.float32, mode, 16), ceiling=_low)
-    result = run("sparse_attention", case, PLAN)
+    result = _run(_quickly(sparse_attention.dense_case(CPU, torch.float32, mode, 16)))
     _timed(result)
     assert not any(row.yardstick for row in result.rows)
     (bar,) = sparse_attention.bars([result])
@@ -134,7 +144,7 @@ def test_a_wrong_sparse_attention_has_no_time(mode: Mode) -> None:
     """Dense causal attention, passed off as the sparse one."""
     case = sparse_attention.case(CPU, torch.bfloat16, 64, mode, quick=True)
     impostor = mode.contestant("impostor", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
-    (row,) = run("sparse_attention", dataclasses.replace(case, contestants=[impostor], ceiling=_low), PLAN).rows
+    (row,) = _run(_quickly(case, impostor)).rows
     assert (row.status, row.samples_ms) == ("wrong", [])
 
 
@@ -181,9 +191,9 @@ def test_sampled_rows_see_a_wrong_region() -> None:
         return out
 
     contestants = [Contestant("wrong", almost), Contestant("right", in_chunks(local(100).keep)), problem.ours()]
-    case = dataclasses.replace(problem.case("grid", contestants), ceiling=_low)
+    case = problem.case("grid", contestants)
     assert "16 rows checked" in case.shape
-    result = run("sparse_attention", case, PLAN)
+    result = _run(_quickly(case))
     assert [row.status for row in result.rows[:2]] == ["wrong", "timed"]
     _timed(dataclasses.replace(result, rows=result.rows[2:]))
 
@@ -231,7 +241,7 @@ def test_a_row_of_the_grid_in_which_ours_has_no_time_leaves_its_bars_unmeasured(
 def test_a_row_of_the_grid_end_to_end() -> None:
     case = grid.case(fixed(32, 8), Size(2, 2, 256, 16), torch.float32, 32, CPU)
     assert [contestant.name for contestant in case.contestants] == [FLEX, OURS]
-    _timed(run("sparse_attention", _without_flex(case), PLAN))
+    _timed(_run(_quickly(case)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -242,7 +252,7 @@ def test_decoding_end_to_end(dtype: torch.dtype, pattern: Pattern, kept: int, st
     read = 2 * step.batch * step.kv_heads * kept * 16 * dtype.itemsize
     assert case.task.bytes == read
     assert case.input_sets * read >= decode.ROTATED_BYTES
-    result = run("sparse_attention", case, PLAN)
+    result = _run(case)
     _timed(result)
     assert result.ceiling.bytes == pytest.approx(read, abs=2048)
     (bar,) = decode.bars([result])
@@ -254,7 +264,7 @@ def test_decoding_end_to_end(dtype: torch.dtype, pattern: Pattern, kept: int, st
 def test_a_step_that_attends_to_other_keys_has_no_time() -> None:
     case = decode.case(local(100), 32, Step(1, 2, 2, 16), 512, torch.float32, CPU)
     impostor = Contestant("impostor", F.scaled_dot_product_attention)
-    (row,) = run("sparse_attention", dataclasses.replace(case, contestants=[impostor]), PLAN).rows
+    (row,) = _run(_quickly(case, impostor)).rows
     assert row.status == "wrong"
 
 

@@ -94,6 +94,9 @@ CASES = [
     Case("a head each with unequal counts", lambda: scattered(90, 90, 32, heads=3), heads=3, kv_heads=3),
     Case("a head each over shared key heads", lambda: scattered(90, 90, 32, heads=4), heads=4, kv_heads=2),
     Case("values of another size", lambda: scattered(60, 60, 32), head_dim=24, value_dim=40),
+    # In Triton a tensor descriptor loads tiles whose features are a power of two, pointers load the others.
+    Case("values alone of a power of two", lambda: scattered(150, 150, 64), head_dim=24, value_dim=32),
+    Case("keys alone of a power of two", lambda: scattered(150, 150, 64), head_dim=32, value_dim=24),
     Case("head sizes that no vector divides", lambda: scattered(60, 60, 32), head_dim=7, value_dim=5),
     Case("head size 80", lambda: scattered(60, 60, 32), head_dim=80, value_dim=80),
     Case("the largest head of the GPU", lambda: scattered(40, 40, 16), head_dim=256, value_dim=256),
@@ -113,14 +116,22 @@ CASES = [
     Case("local and summary columns", lambda: layouts.fixed(150, 32, 8, block_size=16)),
     Case("a window with sinks", lambda: layouts.sliding_with_sinks(150, 20, 3, block_size=32)),
     Case(
-        "a start that is a tensor", lambda: layouts.causal(130, block_size=32), n_q=3, n_k=120, query_start=69,
+        "a start that is a tensor",
+        lambda: layouts.causal(130, block_size=32),
+        n_q=3,
+        n_k=120,
+        query_start=69,
         start_tensor=True,
-    ),  # fmt: skip
+    ),
     Case("many queries from a tensor on", lambda: scattered(150, 90, 32), n_q=70, query_start=45, start_tensor=True),
     Case(
-        "a strided start that is a tensor", lambda: layouts.strided(96, 5, block_size=16), n_q=2, n_k=96,
-        query_start=48, start_tensor=True,
-    ),  # fmt: skip
+        "a strided start that is a tensor",
+        lambda: layouts.strided(96, 5, block_size=16),
+        n_q=2,
+        n_k=96,
+        query_start=48,
+        start_tensor=True,
+    ),
     Case("dropout", lambda: scattered(150, 170, 64), batch=2, dropout_p=0.4),
     Case("dropout in small blocks", lambda: scattered(70, 70, 16), dropout_p=0.2, padding=True),
     Case("dropout in any order", lambda: permuted(90, 32), heads=4, batch=2, dropout_p=0.3),
@@ -133,9 +144,13 @@ CASES = [
     Case("merged orders with dropout", lambda: merged(300, 16), dropout_p=0.3),
     Case("merged orders, one query", lambda: merged(300, 16), heads=4, kv_heads=1, n_q=1, query_start=211),
     Case(
-        "merged orders, a growing cache and a start that is a tensor", lambda: merged(300, 16), n_q=3, n_k=260,
-        query_start=257, start_tensor=True,
-    ),  # fmt: skip
+        "merged orders, a growing cache and a start that is a tensor",
+        lambda: merged(300, 16),
+        n_q=3,
+        n_k=260,
+        query_start=257,
+        start_tensor=True,
+    ),
     Case("merged orders, later keys too", lambda: merged_both_ways(300)),
     Case("no batch", lambda: scattered(40, 40, 16), batch=0),
 ]

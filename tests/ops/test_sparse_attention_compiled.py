@@ -116,7 +116,7 @@ def test_nor_do_their_gradients(dynamic: bool | None) -> None:
 def test_nor_do_a_hundred_starts(as_tensor: bool, dynamic: bool | None) -> None:
     """Decoding step after step: with an integer the keys grow too, with a tensor they are as many as the layout's."""
     call, counter = compiled(attention, dynamic)
-    capacity = 140
+    capacity = 140  # more than are decoded: views of a full cache are contiguous, and torch guards on that
     layout = layouts.local(capacity, 20, block_size=16)
     query, key, value = (torch.randn(1, 2, capacity, 8) for _ in range(3))
     whole = attention(query, key, value, layout)

@@ -54,8 +54,8 @@ def sparse_attention(
             be longer, so that one layout serves a growing cache.
         scale: default ``1 / sqrt(D)``.
         dropout_p: each weight ``p[i, j]`` is dropped with this probability, and the others are divided by
-            ``1 - dropout_p``; ``lse`` is that of all. Drawn at every call, in evaluation too. What is dropped hangs on a
-            seed from torch's generator of the CPU and on the positions of the pair: after one ``torch.manual_seed``
+            ``1 - dropout_p``; ``lse`` is that of all. Drawn at every call, in evaluation too. What is dropped hangs on
+            a seed from torch's generator of the CPU and on the positions of the pair: after one ``torch.manual_seed``
             all backends drop the same, on every device.
         key_padding_mask: bool ``(B, Nk)``, True for keys that no query may see.
         query_start: position of the first query; decoding with a cache has ``Nq = 1`` and ``query_start = Nk - 1``. Or
@@ -95,11 +95,11 @@ def sparse_attention(
     )  # fmt: skip
     start, start_tensor = (0, query_start.view(())) if isinstance(query_start, Tensor) else (query_start, None)
     seed = draw_seed(device) if dropout_p > 0 else None
-    call = (query, key, value, key_padding_mask)
     rest = (scale, start, start_tensor, dropout_p, seed)
     if chosen == "reference":
-        out, lse = op.by_reference(*call, layout, layout.sizes(), *rest, return_lse=return_lse)
+        out, lse = op.by_reference(query, key, value, key_padding_mask, layout, *rest, return_lse)
     else:
+        call = (query, key, value, key_padding_mask)
         out, lse = op.forward(*call, layout.tensors(), layout.sizes(), *rest, chosen)
         outs, lses = [out], [lse]
         while layout.rest is not None:

@@ -15,7 +15,7 @@ from . import op
 def _start(
     query: Tensor, key: Tensor, sizes: list[int], query_start: int, start_tensor: Tensor | None
 ) -> tuple[int, int]:
-    """Position of the first query, and how many keys there are to read: a causal layout has none past the last query."""
+    """Position of the first query, and how many keys are read: of a causal layout none past the last query."""
     n_q, n_k = query.shape[2], key.shape[2]
     if start_tensor is not None:
         query_start += int(start_tensor)
@@ -70,10 +70,12 @@ def backward(
     scale: float, query_start: int, start_tensor: Tensor | None, dropout_p: float, seed: Tensor | None, backend: str,
 ) -> None:  # fmt: skip
     if _keys_differ_in_a_group(query, key, layout):
-        own = [_for_each_query_head(query, t) for t in (key, value)]
-        grads = [torch.empty_like(t) for t in own]
-        rest = (key_padding_mask, layout, sizes, scale, query_start, start_tensor, dropout_p, seed, backend)
-        backward((outputs[0], *grads), grad_out, grad_lse, query, *own, out, lse, *rest)
+        key, value = (_for_each_query_head(query, t) for t in (key, value))
+        grads = torch.empty_like(key), torch.empty_like(value)
+        backward(
+            (outputs[0], *grads), grad_out, grad_lse, query, key, value, out, lse, key_padding_mask, layout, sizes,
+            scale, query_start, start_tensor, dropout_p, seed, backend,
+        )  # fmt: skip
         _sum_groups(outputs[1:], grads)
         return
     start, n_seen = _start(query, key, sizes, query_start, start_tensor)
@@ -97,11 +99,14 @@ def double_backward(
     scale: float, query_start: int, start_tensor: Tensor | None, dropout_p: float, seed: Tensor | None, backend: str,
 ) -> None:  # fmt: skip
     if _keys_differ_in_a_group(query, key, layout):
-        own = [_for_each_query_head(query, t) for t in (grad_grad_key, grad_grad_value, key, value)]
-        grads = [torch.empty_like(t) for t in own[2:]]
-        rest = (key_padding_mask, layout, sizes, scale, query_start, start_tensor, dropout_p, seed, backend)
+        grad_grad_key, grad_grad_value, key, value = (
+            _for_each_query_head(query, t) for t in (grad_grad_key, grad_grad_value, key, value)
+        )
+        grads = torch.empty_like(key), torch.empty_like(value)
         double_backward(
-            (*outputs[:3], *grads), grad_grad_query, *own[:2], grad_out, grad_lse, query, *own[2:], out, lse, *rest
+            (*outputs[:3], *grads), grad_grad_query, grad_grad_key, grad_grad_value, grad_out, grad_lse, query, key,
+            value, out, lse, key_padding_mask, layout, sizes, scale, query_start, start_tensor, dropout_p, seed,
+            backend,
         )  # fmt: skip
         _sum_groups(outputs[3:], grads)
         return

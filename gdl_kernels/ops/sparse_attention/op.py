@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import _backends, _native
 from ..._registration import register
-from ...layouts import BlockLists, Layout, from_mask
+from ...layouts import BlockLists, Layout, causal, from_mask, strided
 from . import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -26,7 +26,7 @@ def check_start(start: int, n_q: int, n_k: int, sizes: list[int]) -> None:
             f"layout has queries 0 to {layout_n_q - 1}, but query_start={start} with {n_q} queries asks for "
             f"{start} to {end - 1}"
         )
-    if causal and n_k < layout_n_k and n_k < end:
+    if causal and n_k < end and n_k < layout_n_k:
         raise ValueError(
             f"a causal layout of {layout_n_k} keys, asked for queries up to {end - 1}, needs between {end} and "
             f"{layout_n_k} keys, got {n_k}"
@@ -73,6 +73,17 @@ def _examples() -> Iterator[_backends.Example]:
         "scattered, padding, lse",
         (heads(2, 100, 40), heads(2, 270, 40), heads(2, 270, 24), from_mask(scattered, block_size=32)),
         {"key_padding_mask": padding, "return_lse": True, "query_start": 3, "scale": 0.3},
+    )
+    # Heads of the sizes that models have; then a few queries, which the kernels treat apart.
+    yield _backends.Example(
+        "causal, 64 features, dropout",
+        (heads(4, 300, 64), heads(2, 300, 64), heads(2, 300, 64), causal(300, block_size=128)),
+        {"dropout_p": 0.2},
+    )
+    yield _backends.Example(
+        "decode one token, strided",
+        (heads(6, 1, 64), heads(2, 250, 64), heads(2, 250, 64), strided(300, 7, block_size=32)),
+        {"query_start": 249},
     )
 
 
@@ -142,16 +153,20 @@ def _gradient_of_double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     """Differentiate the reference three times. Where a graph is asked for, its own goes on, to any order."""
     _backends.warn_once("sparse_attention", "takes third derivatives from the reference, in O(Nq * Nk) memory")
     tensors, call = _kept(ctx, 8)
+    padding, layout, sizes, scale, query_start, start_tensor, dropout_p, seed, _backend = call
     higher = torch.is_grad_enabled()
     with torch.enable_grad():
         # Each an object of its own, with a partial derivative of its own, still in the caller's graph.
-        own = [
+        own: list[Any] = [
             t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors
         ]
         *cotangents, grad_out, grad_lse, query, key, value = own
         inputs = [query, key, value]
-        out, lse = by_reference(*inputs, *call[:-1], return_lse=grad_lse is not None)
-        outputs = [out] if grad_lse is None else [out, lse]
+        out, lse = by_reference(
+            query, key, value, padding, layout_of(layout, sizes), scale, query_start, start_tensor, dropout_p, seed,
+            grad_lse is not None,
+        )  # fmt: skip
+        outputs: list[Any] = [out] if grad_lse is None else [out, lse]
         given = [grad_out] if grad_lse is None else [grad_out, grad_lse]
         first = torch.autograd.grad(outputs, inputs, given, create_graph=True)
         second = torch.autograd.grad(first, [*given, *inputs], cotangents, create_graph=True)
@@ -170,7 +185,8 @@ def _keep(ctx: Any, tensors: Sequence[Tensor | None], call: Sequence[Any]) -> No
 
 def _kept(ctx: Any, count: int) -> tuple[list[Tensor], list[Any]]:
     """The tensors of a call, and what an op takes after them."""
-    tensors, (padding, start_tensor, seed, *layout) = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    saved = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
+    tensors, (padding, start_tensor, seed, *layout) = saved[:count], saved[count:]
     sizes, scale, query_start, dropout_p, backend = ctx.call
     return list(tensors), [padding, layout, sizes, scale, query_start, start_tensor, dropout_p, seed, backend]
 
@@ -180,13 +196,10 @@ def _no_gradients(call: Sequence[Any]) -> list[Any]:
 
 
 def by_reference(
-    query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, layout: Layout | list[Tensor],
-    sizes: list[int], scale: float, query_start: int, start_tensor: Tensor | None, dropout_p: float,
-    seed: Tensor | None, *, return_lse: bool,
+    query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, layout: Layout, scale: float,
+    query_start: int, start_tensor: Tensor | None, dropout_p: float, seed: Tensor | None, return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """What an op is given, computed by the reference."""
-    if not isinstance(layout, Layout):
-        layout = layout_of(layout, sizes)
     batch, heads, n_q, _ = query.shape
     n_k = key.shape[2]
     mask, dropout = layout.dense_mask()[:, :, :n_k], None

@@ -39,7 +39,7 @@ def _forward_tiles(
     for tile in range(n_tiles):
         key_positions, inner, inside = key_tile(keys, first, last, tile, BLOCK, STEP)
         start = 0
-        if key_tiles is not None:
+        if key_tiles is not None or value_tiles is not None:
             start = tile_start(keys.lists.blocks, first, tile, BLOCK, STEP)
         k = load_tile(
             key, key_tiles, batch, kv_head, start, key_positions, inside, k_strides, D, BLOCK_D, LOAD_MASKED
