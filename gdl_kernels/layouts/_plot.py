@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._algebra import natural_order
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -48,8 +50,6 @@ def plot(layout: Layout, path: str | Path | None) -> Figure:
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ImportError("Layout.plot needs matplotlib: pip install matplotlib") from error
-
-    from ._algebra import natural_order
 
     if path is not None:
         path = Path(path)
