@@ -59,7 +59,8 @@ class Layout:
 
     ``a | b`` keeps what either keeps, ``a & b`` what both keep; where one has a pattern for all heads and the other one
     for each, the result has one for each. A union of layouts whose ``order`` differs keeps both orders where that takes
-    fewer blocks than the natural one: the pairs of one are here, those of the others in ``rest``.
+    fewer blocks than the natural one: the pairs of one are here, those of the others in ``rest``. An intersection of
+    layouts whose orders differ is in natural order.
 
     Attributes:
         n_q, n_k: numbers of queries and keys.
