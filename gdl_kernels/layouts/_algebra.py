@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -17,21 +18,69 @@ _PAIRS_AT_ONCE = 2**20
 
 
 def union(a: Layout, b: Layout) -> Layout:
-    return _combine(a, b, torch.bitwise_or)
+    """Of layouts whose orders differ: in parts, if these have fewer blocks together than the union in natural order.
+
+    Parts of one order are united first. The blocks are counted before what two parts share is taken from one of them.
+    """
+    heads = _check_operands(a, b)
+    parts: list[Layout] = []
+    for layout in (*a.parts(), *b.parts()):
+        for place, part in enumerate(parts):
+            if _common_order(part, layout) is not None:
+                parts[place] = _combine(part, layout, torch.bitwise_or)
+                break
+        else:
+            parts.append(layout)
+    if len(parts) == 1:
+        return parts[0]
+    parts = [part if part.heads == heads else per_head([part] * heads) for part in parts]
+    if _fits_natural_order(parts, sum(part.kept_blocks for part in parts)):
+        return reduce(_unite, map(natural_order, parts))
+    parts.sort(key=lambda part: part.order.numel() > 0)  # natural order first
+    causal = all(part.causal for part in parts)
+    for place in range(1, len(parts)):
+        parts[place] = reduce(_difference, parts[:place], parts[place])
+    first, *others = [part for part in parts if part.kept_blocks] or parts[:1]
+    rest = None
+    for part in reversed(others):
+        rest = replace(part, rest=rest)
+    return replace(first, causal=causal, rest=rest)
 
 
 def intersection(a: Layout, b: Layout) -> Layout:
+    """In natural order where orders differ or a layout has parts."""
+    _check_operands(a, b)
+    if a.rest is not None or b.rest is not None or _common_order(a, b) is None:
+        a, b = natural_order(a), natural_order(b)
     return _combine(a, b, torch.bitwise_and)
 
 
-def _combine(a: Layout, b: Layout, operation: Callable[[Tensor, Tensor], Tensor]) -> Layout:
-    """Combine masks block by block; a block that only one layout keeps meets one that keeps nothing."""
+def _unite(a: Layout, b: Layout) -> Layout:
+    return _combine(a, b, torch.bitwise_or)
+
+
+def _check_operands(a: Layout, b: Layout) -> int:
+    """The heads of what two layouts make."""
     _check_fit("the left layout", a, "the right one", b)
     if a.heads != b.heads and 1 not in (a.heads, b.heads):
         raise ValueError(f"layouts must have the same heads, or one of them 1, got {a.heads} and {b.heads}")
+    return max(a.heads, b.heads)
+
+
+def _combine(a: Layout, b: Layout, operation: Callable[[Tensor, Tensor], Tensor]) -> Layout:
+    """Combine the masks of two layouts of one order."""
     order = _common_order(a, b)
-    if order is None:
-        a, b = natural_order(a), natural_order(b)
+    assert order is not None
+    if not order.numel():
+        return _blockwise(a, b, operation, None, None)
+    result = _blockwise(a, b, operation, order, True)
+    return result if a.causal and b.causal else replace(result, causal=natural_order(result).causal)
+
+
+def _blockwise(
+    a: Layout, b: Layout, operation: Callable[[Tensor, Tensor], Tensor], order: Tensor | None, causal: bool | None
+) -> Layout:
+    """Combine masks block by block; a block that only one layout keeps meets one that keeps nothing."""
     grid = _grid(a, max(a.heads, b.heads))
     table = torch.cat([a.mask_table, b.mask_table, _full_mask(grid), torch.zeros_like(_full_mask(grid))])
     nothing = len(table) - 1
@@ -55,11 +104,43 @@ def _combine(a: Layout, b: Layout, operation: Callable[[Tensor, Tensor], Tensor]
 
     counts = _counts(a, grid) + _counts(b, grid)
     grid.check_count(int(counts.sum()))
-    stripes = map(stripe, spans(counts, BLOCKS_AT_ONCE))
-    if order is None:
-        return assemble(grid, stripes)
-    result = assemble(grid, stripes, order=order, causal=True)
-    return result if a.causal and b.causal else replace(result, causal=natural_order(result).causal)
+    return assemble(grid, map(stripe, spans(counts, BLOCKS_AT_ONCE)), order=order, causal=causal)
+
+
+def _difference(a: Layout, b: Layout) -> Layout:
+    """What ``a`` keeps and ``b`` does not, in the order of ``a``, which is not that of ``b``; as many heads in both.
+
+    Time O(area of the kept blocks of ``b``).
+    """
+    grid = _grid(a, a.heads)
+    stripes = (stripe for head in range(a.heads) for stripe in _reordered(b, grid, head, a))
+    shared = assemble(grid, stripes, order=a.order, causal=True)
+    return _blockwise(a, shared, lambda own, other: own & ~other, a.order, a.causal)
+
+
+def _fits_natural_order(parts: Sequence[Layout], most: int) -> bool:
+    """Whether the union in natural order has no more blocks than ``most``. Stops counting as soon as it has."""
+    grid = _grid(parts[0], parts[0].heads)
+    size, found = grid.block_size, 0
+    for head in range(grid.heads):
+        permuted = [_Pairs(part, head) for part in parts if _order_of_head(part, head) is not None]
+        natural = [part for part in parts if _order_of_head(part, head) is None]
+        area = torch.zeros(grid.q_blocks, dtype=torch.int64, device=grid.device)
+        for pairs in permuted:
+            area.index_add_(0, grid.arange(grid.n_q) // size, pairs.areas())
+        for rows in spans(area, _PAIRS_AT_ONCE):
+            occupied = torch.zeros(rows.stop - rows.start, grid.k_blocks, dtype=torch.bool, device=grid.device)
+            top = head * grid.q_blocks + rows.start
+            for part in natural:
+                line, column, _ = _blocks(part, grid, slice(top, top + len(occupied)))
+                occupied[line - top, column] = True
+            for pairs in permuted:
+                query, key = pairs.of(grid.arange(grid.n_q)[rows.start * size : rows.stop * size])
+                occupied[query // size, key // size] = True
+            found += int(occupied.sum())
+            if found > most:
+                return False
+    return True
 
 
 def per_head(layouts: Sequence[Layout]) -> Layout:
@@ -67,7 +148,8 @@ def per_head(layouts: Sequence[Layout]) -> Layout:
 
     Args:
         layouts: one after the other; one of several heads gives as many. They keep their orders: where some have one,
-            ``order`` becomes ``(heads, n)``, the identity for heads that had none.
+            ``order`` becomes ``(heads, n)``, the identity for heads that had none. One with ``rest`` is taken in
+            natural order.
 
     Raises:
         ValueError: if there are none, or they differ in ``n_q``, ``n_k``, ``block_size`` or device.
@@ -81,6 +163,7 @@ def per_head(layouts: Sequence[Layout]) -> Layout:
         if not isinstance(layout, Layout):
             raise TypeError(f"layouts[{place}] must be a Layout, got {type(layout).__name__}")
         _check_fit("layouts[0]", layouts[0], f"layouts[{place}]", layout)
+    layouts = [layout if layout.rest is None else natural_order(layout) for layout in layouts]
     first = layouts[0]
     grid = _grid(first, sum(layout.heads for layout in layouts))
     grid.check_count(sum(layout.kept_blocks for layout in layouts))
@@ -103,6 +186,8 @@ def _side_by_side(layouts: Sequence[Layout], grid: Grid) -> Iterator[Stripe]:
 
 def natural_order(layout: Layout) -> Layout:
     """The same pairs in blocks of positions. Time O(area of the kept blocks), memory O(blocks of the result)."""
+    if layout.rest is not None:
+        return reduce(_unite, map(natural_order, layout.parts()))
     if not layout.order.numel():
         return layout
     grid = _grid(layout, layout.heads)
@@ -111,37 +196,74 @@ def natural_order(layout: Layout) -> Layout:
 
 def _unordered(layout: Layout, grid: Grid, head: int) -> Iterator[Stripe]:
     """One head's blocks of positions, some block rows at a time."""
-    order = layout.order[head if len(layout.order) > 1 else 0].long()
-    if torch.equal(order, grid.arange(layout.n_q)):
-        line, column, mask = _blocks(layout, grid, slice(head * grid.q_blocks, (head + 1) * grid.q_blocks))
-        partial = mask >= 0
-        used, mask[partial] = torch.unique(mask[partial], return_inverse=True)
-        yield Stripe(line, column, mask, layout.mask_table[used])
+    if _order_of_head(layout, head) is not None:
+        yield from _reordered(layout, grid, head, None)
         return
-    size, lists = grid.block_size, layout.rows
-    table = torch.cat([layout.mask_table, _full_mask(grid)])  # -1 is a full block
-    place = layout.places[head if len(layout.order) > 1 else 0].long()
-    lines = lists.starts[head * grid.q_blocks : (head + 1) * grid.q_blocks + 1].long()
-    starts, counts = lines[:-1][place // size], lines.diff()[place // size]  # of each position's line
+    line, column, mask = _blocks(layout, grid, slice(head * grid.q_blocks, (head + 1) * grid.q_blocks))
+    partial = mask >= 0
+    used, mask[partial] = torch.unique(mask[partial], return_inverse=True)
+    yield Stripe(line, column, mask, layout.mask_table[used])
+
+
+def _reordered(layout: Layout, grid: Grid, head: int, target: Layout | None) -> Iterator[Stripe]:
+    """One head's pairs in blocks of positions or, of those in the blocks that ``target`` keeps, in its blocks."""
+    size, pairs = grid.block_size, _Pairs(layout, head)
+    order = places = grid.arange(grid.n_q)
+    if target is not None:
+        own = head if len(target.order) > 1 else 0
+        order, places = target.order[own].long(), target.places[own].long()
     area = torch.zeros(grid.q_blocks, dtype=torch.int64, device=grid.device)
-    area.index_add_(0, grid.arange(grid.n_q) // size, counts * size)
+    area.index_add_(0, places // size, pairs.areas())
     for rows in spans(area, _PAIRS_AT_ONCE):
-        top = rows.start
-        here = slice(top * size, rows.stop * size)
-        entry = ranges(starts[here], counts[here])
-        query = torch.repeat_interleave(grid.arange(grid.n_q)[here], counts[here])
-        kept = _masks.unpack(table[lists.masks[entry], place[query] % size], size)  # [entries, b]
-        which, bit = kept.nonzero(as_tuple=True)
-        i, j = query[which], order[lists.blocks[entry[which]] * size + bit]
-        block = (i // size - top) * grid.k_blocks + j // size
+        top, first = rows.start, head * grid.q_blocks + rows.start
+        query, key = pairs.of(order[top * size : rows.stop * size])  # from here on places: of queries from the top
+        key = places[key]
+        block = query // size * grid.k_blocks + key // size
+        if target is not None:
+            kept = torch.zeros((rows.stop - top) * grid.k_blocks, dtype=torch.bool, device=grid.device)
+            line, column, _ = _blocks(target, grid, slice(first, first + rows.stop - top))
+            kept[(line - first) * grid.k_blocks + column] = True
+            inside = kept[block]
+            query, key, block = query[inside], key[inside], block[inside]
         member, which = representatives(block, (rows.stop - top) * grid.k_blocks)
-        words = torch.zeros(len(member), size, table.shape[2], dtype=torch.int32, device=grid.device)
+        words = torch.zeros(len(member), size, -(-size // 32), dtype=torch.int32, device=grid.device)
         # A sum of distinct bits is their union.
-        word = (which * size + i % size) * table.shape[2] + j % size // 32
-        words.view(-1).scatter_add_(0, word, torch.ones_like(j, dtype=torch.int32) << (j % size % 32).to(torch.int32))
+        word = (which * size + query % size) * words.shape[2] + key % size // 32
+        bit = torch.ones_like(key, dtype=torch.int32) << (key % size % 32).to(torch.int32)
+        words.view(-1).scatter_add_(0, word, bit)
         block = block[member]
         row = block // grid.k_blocks
-        yield from_masks(grid, head * grid.q_blocks + top + row, block - row * grid.k_blocks, words)
+        yield from_masks(grid, first + row, block - row * grid.k_blocks, words)
+
+
+class _Pairs:
+    """The kept pairs of one head of a layout without ``rest``, one by one."""
+
+    def __init__(self, layout: Layout, head: int) -> None:
+        head = head if layout.heads > 1 else 0
+        self._size, self._rows = layout.block_size, layout.rows
+        self._table = torch.cat([layout.mask_table, _full_mask(_grid(layout, 1))])  # -1 is a full block
+        self._order = _order_of_head(layout, head)
+        positions = torch.arange(layout.n_q, device=layout.device)
+        own = head if len(layout.places) > 1 else 0
+        self._place = positions if self._order is None else layout.places[own].long()
+        starts = layout.rows.starts.long()
+        line = head * layout.q_blocks + self._place // self._size
+        self._starts, self._counts = starts[line], starts.diff()[line]
+
+    def areas(self) -> Tensor:
+        """How many pairs the kept blocks have, of each query, int64 ``(n_q,)``."""
+        return self._counts * self._size
+
+    def of(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """For each pair that some queries keep: where its query is among them, and the position of its key."""
+        size, counts = self._size, self._counts[queries]
+        entry = ranges(self._starts[queries], counts)
+        query = torch.repeat_interleave(torch.arange(len(queries), device=queries.device), counts)
+        bits = self._table[self._rows.masks[entry], self._place[queries][query] % size]
+        which, bit = _masks.unpack(bits, size).nonzero(as_tuple=True)  # of [entries, b]
+        key = self._rows.blocks[entry[which]] * size + bit
+        return query[which], key if self._order is None else self._order[key]
 
 
 def _grid(layout: Layout, heads: int) -> Grid:
@@ -176,10 +298,18 @@ def _order_of_heads(layout: Layout) -> Tensor:
     return torch.arange(layout.n_q, dtype=torch.int32, device=layout.device).expand(layout.heads, -1)
 
 
-def _common_order(a: Layout, b: Layout) -> Tensor | None:
-    """The order of both layouts; None if that is the natural one or they differ."""
-    if not a.order.numel() or not b.order.numel():
+def _order_of_head(layout: Layout, head: int) -> Tensor | None:
+    """int64 ``(n,)``; None where that is the natural order."""
+    if not layout.order.numel():
         return None
+    order = layout.order[head if len(layout.order) > 1 else 0].long()
+    return None if torch.equal(order, torch.arange(layout.n_q, device=layout.device)) else order
+
+
+def _common_order(a: Layout, b: Layout) -> Tensor | None:
+    """The ``order`` of both layouts, which is empty where that is the natural one; None if they differ."""
+    if not a.order.numel() or not b.order.numel():
+        return a.order if a.order.numel() == b.order.numel() else None
     longer = max(a.order, b.order, key=len)
     return longer if bool((a.order == longer).all() & (b.order == longer).all()) else None
 

@@ -58,13 +58,15 @@ class Layout:
     """Which keys each query may see.
 
     ``a | b`` keeps what either keeps, ``a & b`` what both keep; where one has a pattern for all heads and the other one
-    for each, the result has one for each. If their ``order`` differs, the result is in natural order.
+    for each, the result has one for each. A union of layouts whose ``order`` differs keeps both orders where that takes
+    fewer blocks than the natural one: the pairs of one are here, those of the others in ``rest``. An intersection of
+    layouts whose orders differ is in natural order.
 
     Attributes:
         n_q, n_k: numbers of queries and keys.
         block_size: 16, 32, 64 or 128.
         heads: how many heads have a pattern of their own; 1 when all share one.
-        causal: whether no query sees a later key.
+        causal: whether no query sees a later key; with ``rest``, neither here nor there.
         rows: kept block columns of each block row, for the forward pass and the gradient of the queries.
         columns: kept block rows of each block column, for the gradients of keys and values.
         mask_table: int32 ``(masks, block_size, ceil(block_size / 32))``. Bit ``j % 32`` of word ``[m, i, j // 32]``
@@ -73,6 +75,9 @@ class Layout:
             Rows past ``n_q`` do not exist: their bits mean nothing, and a kernel never reads them.
         order: int32 ``(heads, n)`` or ``(1, n)``: blocks are blocks of *places*, and place ``p`` of head ``h`` holds
             query and key ``order[h, p]``. Empty, ``(0, 0)``, when places are positions.
+        rest: pairs kept besides, in blocks of an order of their own; no pair is kept twice. None where there are none.
+            ``rows`` to ``places``, ``tensors()`` and ``sizes()`` are those of the pairs that are kept here; all else is
+            of the whole.
         places: int32, the inverse: position ``i`` of head ``h`` is at place ``places[h, i]``. Empty where ``order`` is.
     """
 
@@ -85,6 +90,7 @@ class Layout:
     columns: BlockLists
     mask_table: Tensor
     order: Tensor
+    rest: Layout | None = None
     places: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -109,7 +115,7 @@ class Layout:
     @property
     def kept_blocks(self) -> int:
         """Blocks that are not empty, over all heads that have a pattern of their own."""
-        return len(self.rows.blocks)
+        return len(self.rows.blocks) + (0 if self.rest is None else self.rest.kept_blocks)
 
     @property
     def density(self) -> float:
@@ -118,7 +124,16 @@ class Layout:
 
     def kept_pairs(self) -> int:
         """Pairs of a query and a key that are kept, over all heads that have a pattern of their own. O(kept blocks)."""
-        return int(self._pairs_of_blocks().sum())
+        return int(self._pairs_of_blocks().sum()) + (0 if self.rest is None else self.rest.kept_pairs())
+
+    def parts(self) -> list[Layout]:
+        """A layout for each order, all without ``rest``, no pair in two of them; the first may be in natural order.
+
+        Attention over each of them, merged by ``merge_attention``, is attention over the whole.
+        """
+        if self.rest is None:
+            return [self]
+        return [replace(self, rest=None), *self.rest.parts()]
 
     def _pairs_of_blocks(self) -> Tensor:
         """Kept pairs of each block in ``rows``, int64 ``(kept,)``."""
@@ -137,7 +152,9 @@ class Layout:
         return head, line - head * self.q_blocks
 
     def __repr__(self) -> str:
-        kind = ["causal"] * self.causal + ["permuted"] * bool(self.order.numel()) + [str(self.device)]
+        parts = len(self.parts())
+        kind = ["causal"] * self.causal + ["permuted"] * bool(self.order.numel())
+        kind += [f"{parts} parts"] * (parts > 1) + [str(self.device)]
         return (
             f"Layout({self.n_q} x {self.n_k}, block_size={self.block_size}, heads={self.heads}, "
             f"density={self.density:.3%}, kept_blocks={self.kept_blocks}, {', '.join(kind)})"
@@ -162,7 +179,8 @@ class Layout:
         if table is self.mask_table:
             return self
         rows, columns, order = self.rows.to(device), self.columns.to(device), self.order.to(device)
-        return replace(self, rows=rows, columns=columns, mask_table=table, order=order)
+        rest = None if self.rest is None else self.rest.to(device)
+        return replace(self, rows=rows, columns=columns, mask_table=table, order=order, rest=rest)
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """Draw the kept blocks, full and partial ones apart, heads side by side.
@@ -171,7 +189,8 @@ class Layout:
             path: a file to write the picture to, in the format that its suffix names; complete or not at all.
 
         Returns:
-            The matplotlib figure. Of a layout with an ``order`` it shows places, as the kernels walk it.
+            The matplotlib figure. Of a layout with an ``order`` it shows places, as the kernels walk it; of one
+            with ``rest``, whose orders differ, positions.
 
         Raises:
             ImportError: if matplotlib is not installed.
@@ -216,4 +235,4 @@ class Layout:
         if self.order.numel():
             place = self.places.long().expand(self.heads, -1)
             mask = torch.stack([m[p][:, p] for m, p in zip(mask, place)])
-        return mask.contiguous()
+        return mask.contiguous() if self.rest is None else mask | self.rest._expand()

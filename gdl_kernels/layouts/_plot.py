@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._algebra import natural_order
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -26,6 +28,7 @@ _FULL = (0.13, 0.27, 0.53)
 def cells(layout: Layout, most: int = _CELLS) -> tuple[Tensor, int]:
     """The share of pairs that each cell keeps, float64 ``(heads, rows, columns)``, and the blocks on a cell's side.
 
+    Of a layout without ``rest``, in its order.
     0 is a cell that keeps nothing and 1 one that keeps everything, exactly; rows and columns are at most ``most``.
     """
     blocks = -(-max(layout.q_blocks, layout.k_blocks) // most)
@@ -52,6 +55,8 @@ def plot(layout: Layout, path: str | Path | None) -> Figure:
         path = Path(path)
         if path.is_dir() or not path.parent.is_dir():
             raise ValueError(f"path must be a file in a folder that exists, got {str(path)!r}")
+    if layout.rest is not None:
+        layout = natural_order(layout)
     share, blocks = cells(layout)
     across = min(layout.heads, _HEADS_IN_A_ROW)
     down = -(-layout.heads // across)

@@ -39,6 +39,8 @@ def measure(script: str) -> list[float]:
         ("layouts.local(1_048_576, 1024)", 16384 * 17 - sum(range(1, 17))),
         # A run is two blocks; a row keeps the second one of each run before its own, and its run up to the diagonal.
         ("layouts.fixed(262_144, 128, 32)", sum(row // 2 + row % 2 + 1 for row in range(4096))),
+        # A run of places is eight blocks, each kept up to its diagonal; a row of the window reaches back two blocks.
+        ("layouts.strided(65_536, 128) | layouts.local(65_536, 128)", 128 * (8 * 9 // 2) + 1024 * 3 - 3),
     ],
 )
 def test_long_layouts(build: str, blocks: int) -> None:

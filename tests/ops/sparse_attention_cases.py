@@ -36,6 +36,28 @@ def mixed_orders(n: int) -> layouts.Layout:
     return layouts.per_head([layouts.strided(n, 7, block_size=32), layouts.local(n, 40, block_size=32)])
 
 
+def merged(n: int, stride: int) -> layouts.Layout:
+    """The Sparse Transformer's merged strided attention: two parts, each in its own order."""
+    layout = layouts.strided(n, stride, block_size=16) | layouts.local(n, stride, block_size=16)
+    assert len(layout.parts()) == 2
+    return layout
+
+
+def merged_both_ways(n: int) -> layouts.Layout:
+    """One part is causal, the other, and so the whole, is not."""
+    layout = layouts.strided(n, 16, causal=False, block_size=16) | layouts.local(n, 20, block_size=16)
+    assert len(layout.parts()) == 2
+    return layout
+
+
+def merged_for_some(n: int) -> layouts.Layout:
+    """Parts of which some heads keep nothing, and a part with an order for each head."""
+    some = [layouts.strided(n, 12, block_size=16), layouts.strided(n, 16, block_size=16)]
+    layout = layouts.per_head(some) | layouts.sliding_with_sinks(n, 9, 2, block_size=16)
+    assert [len(part.order) for part in layout.parts()] == [0, 2]
+    return layout
+
+
 @dataclass(frozen=True)
 class Case:
     """Why it is there, the layout, and the call's sizes."""
@@ -115,6 +137,21 @@ CASES = [
     Case("dropout in any order", lambda: permuted(90, 32), heads=4, batch=2, dropout_p=0.3),
     Case("dropout of late queries", lambda: scattered(130, 100, 32), n_q=37, query_start=63, dropout_p=0.6),
     Case("dropout of one query", lambda: layouts.causal(130), heads=6, n_q=1, query_start=101, dropout_p=0.5),
+    Case("a strided pattern merged with a local one", lambda: merged(300, 16), batch=2, padding=True),
+    Case("merged orders over shared key heads", lambda: merged(300, 16), heads=4, kv_heads=2),
+    Case("merged orders of each head", lambda: merged_for_some(280)),
+    Case("merged orders of each head over one key head", lambda: merged_for_some(280), kv_heads=1),
+    Case("merged orders with dropout", lambda: merged(300, 16), dropout_p=0.3),
+    Case("merged orders, one query", lambda: merged(300, 16), heads=4, kv_heads=1, n_q=1, query_start=211),
+    Case(
+        "merged orders, a growing cache and a start that is a tensor",
+        lambda: merged(300, 16),
+        n_q=3,
+        n_k=260,
+        query_start=257,
+        start_tensor=True,
+    ),
+    Case("merged orders, later keys too", lambda: merged_both_ways(300)),
     Case("no batch", lambda: scattered(40, 40, 16), batch=0),
 ]
 

@@ -54,6 +54,24 @@ def attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, query_s
     return sparse_attention(query * 2, key, value, layout, query_start=query_start, backend="cpu")
 
 
+def test_lengths_of_a_layout_in_parts_compile_nothing_new() -> None:
+    call, counter = compiled(attention, None)
+
+    def compare(n: int) -> None:
+        layout = layouts.strided(n, 16, block_size=16) | layouts.local(n, 16, block_size=16)
+        assert len(layout.parts()) == 2
+        tensors = [torch.randn(1, 2, n, 8) for _ in range(3)]
+        torch.testing.assert_close(call(*tensors, layout), attention(*tensors, layout))
+
+    for n in (300, 333, 256):  # of whole blocks and strides, the strided part has a single mask
+        compare(n)
+    before = counter.frame_count
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for n in (301, 512, 272, 415, 290, 368):
+            compare(n)
+    assert counter.frame_count == before
+
+
 @pytest.mark.parametrize(("pattern", "dynamic"), [*((p, None) for p in PATTERNS), ("local", True), ("strided", True)])
 def test_a_hundred_lengths_compile_nothing_new(pattern: str, dynamic: bool | None) -> None:
     call, counter = compiled(attention, dynamic)

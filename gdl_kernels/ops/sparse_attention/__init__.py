@@ -11,6 +11,7 @@ from torch import Tensor
 from ..._philox import draw_seed
 from ...layouts import Layout
 from . import op
+from .merge import merge_attention
 
 
 @overload
@@ -43,6 +44,7 @@ def sparse_attention(
     ``out[b, h, i] = sum_j p[i, j] value[b, g, j]`` with ``p[i, :] = softmax_j(scale * <query[b, h, i], key[b, g, j]>)``
     over the keys ``j`` that row ``query_start + i`` of the layout keeps, and ``g = h // (H // Hkv)``.
     Time and memory grow with the blocks that the layout keeps, not with ``Nq * Nk``.
+    A layout with ``rest`` takes a pass for each of its parts; they are merged as ``merge_attention`` does.
 
     Args:
         query: ``(B, H, Nq, D)``, any strides.
@@ -97,8 +99,16 @@ def sparse_attention(
     if chosen == "reference":
         out, lse = op.by_reference(query, key, value, key_padding_mask, layout, *rest, return_lse)
     else:
-        tensors, sizes = layout.tensors(), layout.sizes()
-        out, lse = op.forward(query, key, value, key_padding_mask, tensors, sizes, *rest, chosen)
+        call = (query, key, value, key_padding_mask)
+        out, lse = op.forward(*call, layout.tensors(), layout.sizes(), *rest, chosen)
+        outs, lses = [out], [lse]
+        while layout.rest is not None:
+            layout = layout.rest
+            out, lse = op.forward(*call, layout.tensors(), layout.sizes(), *rest, chosen)
+            outs.append(out)
+            lses.append(lse)
+        if len(outs) > 1:
+            out, lse = merge_attention(outs, lses)
     return (out, lse) if return_lse else out  # type: ignore[return-value]
 
 
