@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from gdl_kernels import layouts
 from gdl_kernels.layouts import Layout
 
 from .patterns import Keep
@@ -59,6 +60,9 @@ def compiled_flex(keep: Keep, layout: Layout) -> Attention:
 
 def block_mask(keep: Keep, layout: Layout) -> BlockMask:
     """What ``create_block_mask`` makes, without its look at every pair, for which 65,536 positions are too many."""
+    if layout.rest is not None:  # FlexAttention knows one order, the natural one, which an intersection is in
+        everything = layouts.full(layout.n_q, layout.n_k, block_size=layout.block_size).to(layout.device)
+        layout = layout & everything
     if layout.heads != 1 or layout.order.numel():
         raise ValueError(f"layout must be in natural order and the same for all heads, got {layout!r}")
     starts = layout.rows.starts.long()
