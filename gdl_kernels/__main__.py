@@ -62,7 +62,7 @@ def verify(
     op: Annotated[str | None, typer.Option(help="Only this op.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the random inputs; fresh ones by default.")] = None,
 ) -> None:
-    """Check every kernel that can run here, forward and backward, against float64. Exits with 1 if one is wrong."""
+    """Check every kernel that can run here, two derivatives deep, against float64. Exits with 1 if one is wrong."""
     if op is not None and op not in _backends.ops():
         raise typer.BadParameter(f"must be one of {', '.join(_backends.ops())}, got {op!r}", param_hint="--op")
     seed = secrets.randbelow(2**31) if seed is None else seed

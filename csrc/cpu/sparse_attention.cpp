@@ -313,7 +313,11 @@ void forward(const Attention& call, const Strided& query, const Strided& key, co
 
 void sparse_attention_forward(const std::string& dtype, const Attention& call, const Strided& query, const Strided& key,
                               const Strided& value, const Strided& out, void* lse) {
-  if (call.n_q <= kQueriesToDecode) return sparse_attention_decode(dtype, call, query, key, value, out, lse);
+  // With up to 32 queries packing does not pay: on one core of a Xeon with AVX-512 at 2.8 GHz, 8 heads of 64 features
+  // and 16384 keys, 32 take 29 ms and not 65 in float32, 23 ms and not 71 in bfloat16. Heads that share keys share
+  // packing.
+  const std::int64_t few = 32 / std::clamp<std::int64_t>(call.heads / call.kv_heads, 1, 8);
+  if (call.n_q <= few) return sparse_attention_decode(dtype, call, query, key, value, out, lse);
   dispatch(dtype, [&](auto type) { forward<typename decltype(type)::type>(call, query, key, value, out, lse); });
 }
 

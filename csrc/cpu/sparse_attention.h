@@ -36,9 +36,7 @@ struct Attention {
 void sparse_attention_forward(const std::string& dtype, const Attention& call, const Strided& query, const Strided& key,
                               const Strided& value, const Strided& out, void* lse);
 
-// The same for a few queries: sparse_attention_forward calls it for up to kQueriesToDecode. With more, packing keys and
-// values pays. Measured on a Xeon with AVX-512 at 2.8 GHz, 16384 keys, 64 features.
-constexpr std::int64_t kQueriesToDecode = 8;
+// The same for a few queries; sparse_attention_forward calls it.
 void sparse_attention_decode(const std::string& dtype, const Attention& call, const Strided& query, const Strided& key,
                              const Strided& value, const Strided& out, void* lse);
 

@@ -103,11 +103,53 @@ std::vector<DecodedLine> decoded_lines(const Attention& call, const Geometry& ge
   return lines;
 }
 
-// A range of a line's list, counted in tiles, and where its partial results are.
+// A range of a line's list, counted in tiles, and where its partial results are: one after the other for its queries.
 struct DecodeTask {
   std::size_t line;
   std::int64_t begin, end, row;
 };
+
+// Of every sample, task and query, before the division by the sum.
+template <typename T>
+struct PartialResults {
+  std::int64_t rows;  // of one sample
+  Buffer<T> maximum, sum, out;
+};
+
+// Tasks of one line follow each other.
+template <typename E, typename T = accumulator_t<E>>
+void merge_parts(const Attention& call, const std::vector<DecodedLine>& lines, const std::vector<DecodeTask>& tasks,
+                 const PartialResults<T>& parts, int value_dim, const Strided& out, T* lse) {
+  constexpr T nothing = -std::numeric_limits<T>::infinity();
+  Buffer<T> total = make_buffer<T>(value_dim);
+  for (std::int64_t batch = 0; batch < call.batch; ++batch) {
+    std::size_t first = 0, last = 0;
+    for (std::size_t l = 0; l < lines.size(); ++l, first = last) {
+      while (last < tasks.size() && tasks[last].line == l) ++last;
+      for (std::size_t i = 0; i < lines[l].queries.size(); ++i) {
+        const auto row_of = [&](std::size_t task) {
+          return batch * parts.rows + tasks[task].row + static_cast<std::int64_t>(i);
+        };
+        T maximum = nothing, sum = 0;
+        for (std::size_t task = first; task < last; ++task) maximum = std::max(maximum, parts.maximum[row_of(task)]);
+        std::fill(total.get(), total.get() + value_dim, T(0));
+        for (std::size_t task = first; task < last && maximum != nothing; ++task) {
+          const T share = exp2<T>(broadcast<T>(parts.maximum[row_of(task)] - maximum))[0];
+          const T* part = parts.out.get() + row_of(task) * value_dim;
+          sum += share * parts.sum[row_of(task)];
+          for (int v = 0; v < value_dim; v += kWidth<T>)
+            store<T>(total.get() + v, load(total.get() + v) + share * load(part + v));
+        }
+        const T inverse = maximum == nothing ? T(0) : T(1) / (sum * static_cast<T>(1 - call.dropout_p));
+        for (int v = 0; v < value_dim; v += kWidth<T>) store<T>(total.get() + v, load(total.get() + v) * inverse);
+        const std::int64_t head = lines[l].heads[i], q = lines[l].queries[i];
+        store_features<E>(total.get(), out, batch, head, q, call.value_dim);
+        lse[(batch * call.heads + head) * call.n_q + q] =
+            maximum == nothing ? nothing : static_cast<T>(kLn2) * (maximum + std::log2(sum));
+      }
+    }
+  }
+}
 
 template <typename E>
 void decode(const Attention& call, const Strided& query, const Strided& key, const Strided& value, const Strided& out,
@@ -120,10 +162,8 @@ void decode(const Attention& call, const Strided& query, const Strided& key, con
   const std::vector<DecodedLine> lines = decoded_lines(call, geometry);
 
   std::vector<DecodeTask> tasks;
-  std::vector<std::size_t> first_task;
   std::int64_t rows = 0;
   for (std::size_t l = 0; l < lines.size(); ++l) {
-    first_task.push_back(tasks.size());
     const std::int64_t begin = std::int64_t(call.rows.starts[lines[l].line]) * geometry.tiles_per_block;
     const std::int64_t end = std::int64_t(call.rows.starts[lines[l].line + 1]) * geometry.tiles_per_block;
     for (std::int64_t at = begin; at < end; at += kKeysOfTask / tile) {
@@ -131,10 +171,9 @@ void decode(const Attention& call, const Strided& query, const Strided& key, con
       rows += static_cast<std::int64_t>(lines[l].queries.size());
     }
   }
-  first_task.push_back(tasks.size());
+  const PartialResults<T> parts{rows, make_buffer<T>(call.batch * rows), make_buffer<T>(call.batch * rows),
+                                make_buffer<T>(call.batch * rows * value_dim)};
 
-  Buffer<T> partial_out = make_buffer<T>(call.batch * rows * value_dim);
-  Buffer<T> partial_maximum = make_buffer<T>(call.batch * rows), partial_sum = make_buffer<T>(call.batch * rows);
   struct Part {
     int keys, tiles;
     std::int64_t positions[kKeysAtOnce];
@@ -164,8 +203,8 @@ void decode(const Attention& call, const Strided& query, const Strided& key, con
     const DecodedLine& line = lines[task.line];
     const int queries = static_cast<int>(line.queries.size());
     const std::int64_t row = batch * rows + task.row;
-    T *sums = partial_sum.get() + row, *maxima = partial_maximum.get() + row;
-    T* sum_out = partial_out.get() + row * value_dim;
+    T *maxima = parts.maximum.get() + row, *sums = parts.sum.get() + row;
+    T* sum_out = parts.out.get() + row * value_dim;
     std::fill(maxima, maxima + queries, -std::numeric_limits<T>::infinity());
     std::fill(sums, sums + queries, T(0));
     std::fill(sum_out, sum_out + queries * value_dim, T(0));
@@ -269,33 +308,7 @@ void decode(const Attention& call, const Strided& query, const Strided& key, con
     }
   });
 
-  T* lse = static_cast<T*>(lse_data);
-  Buffer<T> total_out = make_buffer<T>(value_dim);
-  for (std::int64_t batch = 0; batch < call.batch; ++batch)
-    for (std::size_t l = 0; l < lines.size(); ++l)
-      for (std::size_t i = 0; i < lines[l].queries.size(); ++i) {
-        T maximum = -std::numeric_limits<T>::infinity(), sum = 0;
-        std::fill(total_out.get(), total_out.get() + value_dim, T(0));
-        const auto row_of = [&](std::size_t t) { return batch * rows + tasks[t].row + static_cast<std::int64_t>(i); };
-        for (std::size_t t = first_task[l]; t < first_task[l + 1]; ++t)
-          maximum = std::max(maximum, partial_maximum[row_of(t)]);
-        const bool empty = maximum == -std::numeric_limits<T>::infinity();
-        for (std::size_t t = first_task[l]; t < first_task[l + 1] && !empty; ++t) {
-          const std::int64_t row = row_of(t);
-          const T share = exp2<T>(broadcast<T>(partial_maximum[row] - maximum))[0];
-          sum += share * partial_sum[row];
-          for (int v = 0; v < value_dim; v += kWidth<T>)
-            store<T>(total_out.get() + v,
-                     load(total_out.get() + v) + share * load(partial_out.get() + row * value_dim + v));
-        }
-        const T inverse = empty ? T(0) : T(1) / (sum * static_cast<T>(1 - call.dropout_p));
-        for (int v = 0; v < value_dim; v += kWidth<T>)
-          store<T>(total_out.get() + v, load(total_out.get() + v) * inverse);
-        const std::int64_t head = lines[l].heads[i], q = lines[l].queries[i];
-        store_features<E>(total_out.get(), out, batch, head, q, call.value_dim);
-        lse[(batch * call.heads + head) * call.n_q + q] =
-            empty ? maximum : static_cast<T>(kLn2) * (maximum + std::log2(sum));
-      }
+  merge_parts<E>(call, lines, tasks, parts, value_dim, out, static_cast<T*>(lse_data));
 }
 
 }  // namespace
