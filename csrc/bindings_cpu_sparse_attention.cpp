@@ -28,8 +28,8 @@ gdl::Attention attention(const Call& given) {
   std::tie(call.batch, call.heads, call.kv_heads, call.n_q, call.n_k, call.head_dim, call.value_dim, call.layout_n_q,
            call.layout_n_k, call.layout_heads, call.block_size, call.order_heads, call.query_start) =
       std::tuple_cat(sizes);
-  call.rows = {at(0), at(1), at(2), at(3), at(4)};
-  call.columns = {at(5), at(6), at(7), at(8), at(9)};
+  call.rows = {at(0), at(1), at(2), at(3)};
+  call.columns = {at(5), at(6), at(7), at(8)};
   call.mask_table = at(10);
   call.order = call.order_heads == 0 ? nullptr : at(11);
   call.places = call.order_heads == 0 ? nullptr : at(12);

@@ -12,9 +12,9 @@ struct Strided {
   std::int64_t batch, head, position, feature;
 };
 
-// gdl_kernels.layouts.BlockLists
+// gdl_kernels.layouts.BlockLists, but for longest_first: a call may use a part of the lines, and sorts those itself.
 struct BlockLists {
-  const std::int32_t *starts, *splits, *blocks, *masks, *longest_first;
+  const std::int32_t *starts, *splits, *blocks, *masks;
 };
 
 struct Attention {
