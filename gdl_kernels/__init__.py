@@ -2,13 +2,18 @@
 
 from . import layouts, nn
 from ._backends import available_backends, backend, explain
+from .ops.adain import adain
+from .ops.adain_from_style import adain_from_style
 from .ops.pixel_norm import pixel_norm
 from .ops.sparse_attention import sparse_attention
 from .ops.sparse_attention.merge import merge_attention
+from .ops.style_epilogue import style_epilogue
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "adain",
+    "adain_from_style",
     "available_backends",
     "backend",
     "explain",
@@ -17,4 +22,5 @@ __all__ = [
     "nn",
     "pixel_norm",
     "sparse_attention",
+    "style_epilogue",
 ]

@@ -1,7 +1,9 @@
 """The ops as modules."""
 
+from .adain import AdaIN, AdaINFromStyle
 from .key_value_cache import KeyValueCache
 from .pixel_norm import PixelNorm
 from .sparse_self_attention import SparseSelfAttention
+from .style_epilogue import StyleEpilogue
 
-__all__ = ["KeyValueCache", "PixelNorm", "SparseSelfAttention"]
+__all__ = ["AdaIN", "AdaINFromStyle", "KeyValueCache", "PixelNorm", "SparseSelfAttention", "StyleEpilogue"]
