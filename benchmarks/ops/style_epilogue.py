@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -11,10 +12,15 @@ import gdl_kernels
 from gdl_kernels._backends import Explanation
 from gdl_kernels.ops.style_epilogue import reference
 
-from ..cases import Case
-from ..images import BACKWARD, COMPILED, EAGER, FORWARD, ImageOp, case, is_of, over, pixels
+from ..cases import Case, Contestant, Function, Inputs, Task
+from ..ceilings import memory_copy
+from ..images import BACKWARD, COMPILED, EAGER, FORWARD, OURS, ImageOp, case, is_of, over, pixels
 from ..results import Bar, Result
-from .adain import IMAGES, sizes
+from .adain import CHANNELS, IMAGES, sizes
+
+#: All of StyleGAN-1024's layers: two at each size.
+SYNTHESIS = "synthesis, 18 epilogues"
+LAYERS = [(IMAGES, channels, size, size) for size, channels in {4: 512, 8: 512, **CHANNELS}.items()]
 
 
 def _plain(x: Tensor, scale: Tensor, bias: Tensor, noise: Tensor, weight: Tensor, channel: Tensor) -> Tensor:
@@ -41,10 +47,54 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
                 yield case(OP, shapes, dtype, device, passes)
 
 
+    if not quick or device.type == "cuda":
+        yield synthesis(device)
+
+
+def synthesis(device: torch.device) -> Case:
+    """Every epilogue of one pass of the generator. The two of a size read the same image, which fills the caches."""
+    image = sum(map(math.prod, LAYERS))
+    function = _layers(_plain)
+    task = Task(function, function, flops=0.0, bytes=2.0 * 2 * image * 4)
+    return Case(
+        name=f"{SYNTHESIS}, fp32",
+        shape=f"{IMAGES} images, 4² to 1024², {2 * image * 4 / 1e6:.0f} MB read",
+        dtype=torch.float32,
+        device=device,
+        inputs=_layer_inputs,
+        task=task,
+        contestants=[
+            Contestant(EAGER, function),
+            Contestant(COMPILED, torch.compile(function, dynamic=False)),
+            Contestant(OURS, _layers(_ours), explain=_explain),
+        ],
+        ceiling=memory_copy(2 * image * 4, 1),
+        input_sets=1,
+    )
+
+
+def _layers(epilogue: Function) -> Function:
+    def outputs(*tensors: Tensor) -> tuple[Tensor, ...]:
+        layers = [tensors[i : i + 6] for i in range(0, len(tensors), 6)]
+        return tuple(epilogue(*layer) for layer in layers for _ in range(2))  # type: ignore[misc]
+
+    return outputs
+
+
+def _layer_inputs(generator: torch.Generator) -> Inputs:
+    shapes = []
+    for images, channels, *size in LAYERS:
+        planes = images, channels
+        shapes += [(*planes, *size), planes, planes, (images, 1, *size), (channels,), (channels,)]
+    return tuple(torch.randn(shape, generator=generator, device=generator.device) for shape in shapes)
+
+
 def bars(results: Sequence[Result]) -> list[Bar]:
     asked = []
     for result in results:
-        if is_of(result, BACKWARD):
+        if result.case.startswith(SYNTHESIS):
+            asked.append(over(result, EAGER, 3.0))
+        elif is_of(result, BACKWARD):
             asked.append(over(result, EAGER, 5.0))
         elif pixels(result) >= 64**2:
             asked += [over(result, EAGER, 15.0), over(result, COMPILED, 3.0)]
