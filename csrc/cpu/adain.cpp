@@ -30,7 +30,8 @@ struct Forward {
     const int64_t i = place_of(source.images, n, c);
     mean[i] = static_cast<T>(h.mean);
     rstd[i] = static_cast<T>(1 / std::sqrt(h.squares / h.count + eps));
-    out[0] = mean[i], out[1] = scale[i] * rstd[i], out[2] = shift[i];
+    out[0] = mean[i], out[1] = scale[i] * rstd[i];
+    out[2] = static_cast<T>(shift[i] - (h.mean - mean[i]) * out[1]);  // what rounding took from the mean
   }
 
   template <typename Write, typename Place, typename P>
@@ -66,13 +67,14 @@ struct Statistics {
 
 // With hh = (h - mean) rstd and means over the plane m(.):
 //   dscale = sum g hh, dshift = sum g, dh = scale rstd (g - m(g) - hh m(g hh)), dx = dh where u > 0, else slope dh.
+// The mean was rounded, so hh is off by its own mean, which is taken from it.
 template <typename E_, bool active>
 struct Backward {
   using E = E_;
   using T = accumulator_t<E>;
-  using Total = Sums<2>;
+  using Total = Sums<3>;
   static constexpr bool kMoments = false;
-  static constexpr int kGiven = 2, kSums = 2, kNumbers = 5, kAfter = active ? 2 : 0;
+  static constexpr int kGiven = 2, kSums = 3, kNumbers = 6, kAfter = active ? 2 : 0;
 
   Source<E, active> source;
   Modulation<T> modulation;
@@ -87,25 +89,28 @@ struct Backward {
   template <typename Run, typename Place, typename P>
   auto sums(Run run, const Place& here, const P* k) const {
     return run([&](auto at) { return at(here.grad); },
+               [&](auto at) { return (source.h(at, here) - at(k[0])) * at(k[1]); },
                [&](auto at) { return at(here.grad) * ((source.h(at, here) - at(k[0])) * at(k[1])); });
   }
 
-  void numbers(int64_t n, int64_t c, const Sums<2>& sums, T* out) const {
+  void numbers(int64_t n, int64_t c, const Sums<3>& sums, T* out) const {
     const int64_t i = place_of(source.images, n, c);
-    const double pixels = static_cast<double>(source.images.pixels);
+    const double pixels = static_cast<double>(source.images.pixels), offset = sums.of[1] / pixels;
+    const double g_normalized = sums.of[2] - offset * sums.of[0];
     gradients.shift[i] = static_cast<T>(sums.of[0]);
-    gradients.scale[i] = static_cast<T>(sums.of[1]);
+    gradients.scale[i] = static_cast<T>(g_normalized);
     given(n, c, out);
-    out[2] = modulation.scale[i] * modulation.rstd[i];
-    out[3] = static_cast<T>(sums.of[0] / pixels), out[4] = static_cast<T>(sums.of[1] / pixels);
+    out[2] = static_cast<T>(offset), out[3] = modulation.scale[i] * modulation.rstd[i];
+    out[4] = static_cast<T>(sums.of[0] / pixels), out[5] = static_cast<T>(g_normalized / pixels);
   }
 
   template <typename Write, typename Place, typename P>
   void write(Write write, const Place& here, const P* k) const {
     const auto value = [&](auto at) {
       const auto u = source.u(at, here);
-      const auto normalized = (source.leaky(u, u) - at(k[0])) * at(k[1]);
-      return source.leaky(u, at(k[2]) * (at(here.grad) - at(k[3]) - normalized * at(k[4])));
+      const auto normalized = (source.leaky(u, u) - at(k[0])) * at(k[1]) - at(k[2]);
+      // What is taken away changes from pixel to pixel: a constant would be rounded the same way at all of them.
+      return source.leaky(u, at(k[3]) * (at(here.grad) - (at(k[4]) + normalized * at(k[5]))));
     };
     if constexpr (active)
       write(dx, value, [&](auto at, auto v) { return v * at(here.noise); }, [](auto, auto v) { return v; });
@@ -133,9 +138,9 @@ template <typename E_, bool active>
 struct DoubleBackward {
   using E = E_;
   using T = accumulator_t<E>;
-  using Total = Sums<5>;
+  using Total = Sums<6>;
   static constexpr bool kMoments = false;
-  static constexpr int kGiven = 4, kSums = 5, kNumbers = 14, kAfter = active ? 2 : 0;
+  static constexpr int kGiven = 5, kSums = 6, kNumbers = 15, kAfter = active ? 2 : 0;
 
   Source<E, active> source;
   Modulation<T> modulation;
@@ -147,11 +152,12 @@ struct DoubleBackward {
     const int64_t i = place_of(source.images, n, c);
     out[0] = modulation.mean[i], out[1] = modulation.rstd[i];
     out[2] = directions.weight[i], out[3] = directions.bias[i];
+    out[4] = 0;  // the mean of hh
   }
 
   template <typename At, typename Place, typename P>
   auto normalized(const At& at, const Place& here, const P* k) const {
-    return (source.h(at, here) - at(k[0])) * at(k[1]);
+    return (source.h(at, here) - at(k[0])) * at(k[1]) - at(k[4]);
   }
 
   template <typename At, typename Place, typename P>
@@ -167,39 +173,41 @@ struct DoubleBackward {
     return run([&](auto at) { return at(here.grad); }, [&](auto at) { return w(at, here, k); },
                [&](auto at) { return at(here.grad) * normalized(at, here, k); },
                [&](auto at) { return w(at, here, k) * normalized(at, here, k); },
-               [&](auto at) { return w(at, here, k) * at(here.grad); });
+               [&](auto at) { return w(at, here, k) * at(here.grad); },
+               [&](auto at) { return normalized(at, here, k); });
   }
 
-  void numbers(int64_t n, int64_t c, const Sums<5>& sums, T* out) const {
+  void numbers(int64_t n, int64_t c, const Sums<6>& sums, T* out) const {
     const int64_t i = place_of(source.images, n, c);
-    const double pixels = static_cast<double>(source.images.pixels);
-    const double g = sums.of[0] / pixels, w = sums.of[1] / pixels, g_normalized = sums.of[2] / pixels;
-    const double w_normalized = sums.of[3] / pixels, w_g = sums.of[4] / pixels;
+    const double pixels = static_cast<double>(source.images.pixels), offset = sums.of[5] / pixels;
+    const double g = sums.of[0] / pixels, w = sums.of[1] / pixels, w_g = sums.of[4] / pixels;
+    const double g_normalized = sums.of[2] / pixels - offset * g, w_normalized = sums.of[3] / pixels - offset * w;
     const double scale = modulation.scale[i], rstd = modulation.rstd[i], v_scale = directions.scale[i];
     const double k = w_g - w * g - w_normalized * g_normalized;
     gradients.scale[i] = static_cast<T>(rstd * pixels * k);
     given(n, c, out);
-    out[4] = static_cast<T>(w), out[5] = static_cast<T>(w_normalized);
-    out[6] = static_cast<T>(g), out[7] = static_cast<T>(g_normalized);
-    out[8] = static_cast<T>(scale * rstd), out[9] = static_cast<T>(v_scale), out[10] = directions.shift[i];
+    out[4] = static_cast<T>(offset);
+    out[5] = static_cast<T>(w), out[6] = static_cast<T>(w_normalized);
+    out[7] = static_cast<T>(g), out[8] = static_cast<T>(g_normalized);
+    out[9] = static_cast<T>(scale * rstd), out[10] = static_cast<T>(v_scale), out[11] = directions.shift[i];
     // grad_h = a [w] + b [g] + c hh
-    out[11] = static_cast<T>(-scale * rstd * rstd * g_normalized);
-    out[12] = static_cast<T>(-scale * rstd * rstd * w_normalized + v_scale * rstd);
-    out[13] = static_cast<T>(-scale * rstd * rstd * k);
+    out[12] = static_cast<T>(-scale * rstd * rstd * g_normalized);
+    out[13] = static_cast<T>(-scale * rstd * rstd * w_normalized + v_scale * rstd);
+    out[14] = static_cast<T>(-scale * rstd * rstd * k);
   }
 
   template <typename Write, typename Place, typename P>
   void write(Write write, const Place& here, const P* k) const {
     const auto projected_w = [&](auto at) {
-      return w(at, here, k) - at(k[4]) - normalized(at, here, k) * at(k[5]);
+      return w(at, here, k) - (at(k[5]) + normalized(at, here, k) * at(k[6]));
     };
     write(grad_grad, [&](auto at) {
-      return at(k[8]) * projected_w(at) + at(k[9]) * normalized(at, here, k) + at(k[10]);
+      return at(k[9]) * projected_w(at) + at(k[10]) * normalized(at, here, k) + at(k[11]);
     });
     const auto value = [&](auto at) {
       const auto hh = normalized(at, here, k);
-      const auto projected_g = at(here.grad) - at(k[6]) - hh * at(k[7]);
-      const auto sum = at(k[11]) * projected_w(at) + at(k[12]) * projected_g + at(k[13]) * hh;
+      const auto projected_g = at(here.grad) - (at(k[7]) + hh * at(k[8]));
+      const auto sum = at(k[12]) * projected_w(at) + at(k[13]) * projected_g + at(k[14]) * hh;
       return source.leaky(source.u(at, here), sum);
     };
     if constexpr (active)

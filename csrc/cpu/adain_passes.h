@@ -22,8 +22,10 @@ using std::int64_t;
 
 // Numbers of a piece of a plane: in float 16 KB, so that a second look at it finds it in the L1.
 constexpr int64_t kPiece = 4096;
-// Numbers of some rows of pixels: with those of two more tensors they stay in the L2.
-constexpr int64_t kRows = 16384;
+// Numbers of some rows of pixels, which with those of two more tensors stay in the L2, and rows at most: they are added one
+// after the other.
+constexpr int64_t kRowsSize = 16384;
+constexpr int64_t kRows = 64;
 // Numbers worth sharing an image with another thread for.
 constexpr int64_t kShare = 65536;
 
@@ -95,9 +97,16 @@ struct Source {
   }
 };
 
-// Mean and sum of squared deviations of some numbers, which neither cancel nor overflow where the numbers don't.
+// Mean and sum of squared deviations of some numbers: they don't cancel where the mean is large beside the deviations.
 struct Moments {
   double count = 0, mean = 0, squares = 0;
+
+  // From sums over what is left of the numbers beside a centre near their mean, which it need not be: the mean of many
+  // numbers as they are summed is rounded.
+  static Moments about(double centre, double count, double sum, double sum_of_squares) {
+    const double apart = sum / count;
+    return {count, centre + apart, sum_of_squares - sum * apart};
+  }
 
   void add(const Moments& other) {
     if (other.count == 0) return;
@@ -125,11 +134,13 @@ auto piece_of_plane(const Pass& pass, int64_t n, int64_t c, int64_t first, int64
   if constexpr (Pass::kMoments) {
     const T mean =
         sum_up<T>(count, [&](auto at) { return pass.source.h(at, here); })[0] / static_cast<T>(count);
-    const T squares = sum_up<T>(count, [&](auto at) {
-      const auto apart = pass.source.h(at, here) - mean;
-      return apart * apart;
-    })[0];
-    return Moments{static_cast<double>(count), mean, squares};
+    const auto [sum, squares] = sum_up<T>(
+        count, [&](auto at) { return pass.source.h(at, here) - mean; },
+        [&](auto at) {
+          const auto apart = pass.source.h(at, here) - mean;
+          return apart * apart;
+        });
+    return Moments::about(mean, static_cast<double>(count), sum, squares);
   } else {
     const auto sums =
         pass.sums([&](auto... terms) { return sum_up<T>(count, terms...); }, here, given);
@@ -241,27 +252,29 @@ void sum_columns(int64_t rows, int64_t channels, T* sums, Expression expression)
   }
 }
 
-// Adds some rows of pixels to every channel's total. scratch: two numbers a channel for moments, else the pass's sums.
+// Adds some rows of pixels to every channel's total. scratch: three numbers a channel for moments, else the pass's sums.
 template <typename T, typename Pass>
 void add_rows(const Pass& pass, int64_t n, int64_t first, int64_t rows, const T* const* given, T* scratch,
               typename Pass::Total* totals) {
   const int64_t channels = pass.source.images.channels;
   if constexpr (Pass::kMoments) {
-    T *mean = scratch, *squares = scratch + channels;
+    T *mean = scratch, *sums = scratch + channels;
     sum_columns<T, 1>(rows, channels, mean, [&](auto run, int64_t row) {
       const auto here = pass.source.in_pixel(n, first + row);
       run([&](auto at) { return pass.source.h(at, here); });
     });
     for (int64_t c = 0; c < channels; ++c) mean[c] /= static_cast<T>(rows);
     const T* centre = mean;
-    sum_columns<T, 1>(rows, channels, squares, [&](auto run, int64_t row) {
+    sum_columns<T, 2>(rows, channels, sums, [&](auto run, int64_t row) {
       const auto here = pass.source.in_pixel(n, first + row);
-      run([&](auto at) {
-        const auto apart = pass.source.h(at, here) - at(centre);
-        return apart * apart;
-      });
+      run([&](auto at) { return pass.source.h(at, here) - at(centre); },
+          [&](auto at) {
+            const auto apart = pass.source.h(at, here) - at(centre);
+            return apart * apart;
+          });
     });
-    for (int64_t c = 0; c < channels; ++c) totals[c].add(Moments{static_cast<double>(rows), mean[c], squares[c]});
+    for (int64_t c = 0; c < channels; ++c)
+      totals[c].add(Moments::about(mean[c], static_cast<double>(rows), sums[c], sums[channels + c]));
   } else {
     sum_columns<T, Pass::kSums>(rows, channels, scratch, [&](auto run, int64_t row) {
       pass.sums(run, pass.source.in_pixel(n, first + row), given);
@@ -311,7 +324,7 @@ void over_channels(const Pass& pass, int64_t n, int threads) {
   using After = Sums<Pass::kAfter>;
   const Images& images = pass.source.images;
   const int64_t channels = images.channels;
-  const int64_t part_rows = std::max<int64_t>(1, kShare / channels), step = std::max<int64_t>(1, kRows / channels);
+  const int64_t part_rows = std::max<int64_t>(1, kShare / channels), step = std::clamp<int64_t>(kRowsSize / channels, 1, kRows);
   const int64_t parts = (images.pixels + part_rows - 1) / part_rows;
   std::vector<T> given(Pass::kGiven * channels), numbers(Pass::kNumbers * channels);
   const T *given_rows[Pass::kGiven + 1], *numbers_rows[Pass::kNumbers + 1];
@@ -333,7 +346,7 @@ void over_channels(const Pass& pass, int64_t n, int threads) {
         work(part * channels, row, std::min(step, end - row), scratch.get());
     }
   };
-  for_rows(std::max(2, Pass::kSums), [&](int64_t slot, int64_t first, int64_t rows, T* scratch) {
+  for_rows(std::max(3, Pass::kSums), [&](int64_t slot, int64_t first, int64_t rows, T* scratch) {
     add_rows<T>(pass, n, first, rows, given_rows, scratch, &totals[slot]);
   });
   for (int64_t c = 0; c < channels; ++c) {

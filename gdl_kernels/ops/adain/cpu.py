@@ -52,14 +52,14 @@ def double_backward(
     seed: Tensor | None, noise_weight: Tensor | None, channel_bias: Tensor | None, negative_slope: float, _eps: float,
     _backend: str,
 ) -> None:  # fmt: skip
-    grad_grad, grad_x, *gradients = outputs
+    grad_grad, grad_x, of_scale, of_noise_weight, of_channel_bias = outputs
     frame = _Frame(grad_x)
     prologue = frame.prologue(noise, seed, noise_weight, channel_bias, negative_slope)
     directions = tuple(map(frame.planes, (v_scale, v_bias, v_noise_weight, v_channel_bias)))
     _native.cpu_module().adain_double_backward(
         *frame.head(), prologue, frame.lines(v), directions, frame.lines(grad), frame.lines(x),
         tuple(map(frame.planes, (scale, mean, rstd))), frame.lines(grad_grad), frame.lines(grad_x),
-        tuple(g.data_ptr() for g in gradients), frame.threads,
+        (of_scale.data_ptr(), 0, of_noise_weight.data_ptr(), of_channel_bias.data_ptr()), frame.threads,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from ... import _backends, _images
 from ..._arguments import sum_dtype
 from ..._registration import register
 from . import cpu, cuda
+from .reference import planes
 
 
 def _examples() -> Iterator[_backends.Example]:
@@ -73,7 +74,7 @@ def _gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
 
 def _noise_gradient(noise: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
     """From the gradient of x: noise reaches every channel of its image, with a weight ``(C,)`` or ``(N, C)``."""
-    weighted = gradient.to(noise.dtype) * weight.reshape(-1, gradient.shape[1], *[1] * (gradient.dim() - 2))
+    weighted = gradient.to(noise.dtype) * planes(weight, noise)
     return weighted.sum((0, 1) if noise.shape[0] == 1 else 1, keepdim=True).reshape(noise.shape)
 
 
@@ -94,8 +95,7 @@ def _gradient_of_backward(ctx: Any, v: Tensor, *v_planes: Tensor) -> tuple[Any, 
         grad_noise = _noise_gradient(noise, noise_weight, grad_x) + _noise_gradient(noise, v_planes[2], dx)
     grad_weight = grad_weight.sum(0) if ctx.needs_input_grad[7] else None
     grad_channel = grad_channel.sum(0) if ctx.needs_input_grad[8] else None
-    planes = grad_scale, None, None
-    return grad_grad, grad_x, *planes, grad_noise, None, grad_weight, grad_channel, None, None, None
+    return grad_grad, grad_x, grad_scale, None, None, grad_noise, None, grad_weight, grad_channel, None, None, None
 
 
 def _save_double_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
