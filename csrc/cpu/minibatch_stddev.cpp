@@ -51,29 +51,32 @@ struct Feature {
   }
 };
 
-// The same place in every member of a group: `step` numbers apart.
-template <typename T>
+// The same place in every member of a group: `step` numbers apart. kCount members where that is known to the compiler,
+// which then keeps them in registers from one look to the next; else 0.
+template <typename T, int kCount>
 struct Members {
   const T* first;
   int64_t step, count;
+
+  int64_t size() const { return kCount > 0 ? kCount : count; }
 
   // Two looks, so that the variance of numbers that are large beside their differences does not cancel.
   template <typename At>
   auto mean(At at) const {
     auto sum = at(first);
-    for (int64_t g = 1; g < count; ++g) sum += at(first + g * step);
-    return sum / static_cast<accumulator_t<T>>(count);
+    for (int64_t g = 1; g < size(); ++g) sum += at(first + g * step);
+    return sum / static_cast<accumulator_t<T>>(size());
   }
 
   template <typename At, typename Mean>
   auto deviation(At at, Mean mean, accumulator_t<T> eps) const {
     auto centred = at(first) - mean;
     auto sum = centred * centred;
-    for (int64_t g = 1; g < count; ++g) {
+    for (int64_t g = 1; g < size(); ++g) {
       centred = at(first + g * step) - mean;
       sum += centred * centred;
     }
-    return square_root(sum / static_cast<accumulator_t<T>>(count) + eps);
+    return square_root(sum / static_cast<accumulator_t<T>>(size()) + eps);
   }
 };
 
@@ -106,10 +109,8 @@ void fill_channel(const Images& images, const Lines<T>& tensor, int64_t n, int64
   }
 }
 
-}  // namespace
-
-template <typename T>
-void minibatch_stddev_forward(Images images, Grouping grouping, double eps, Lines<const T> x, Lines<T> y, int threads) {
+template <typename T, int kCount>
+void forward(Images images, Grouping grouping, double eps, Lines<const T> x, Lines<T> y, int threads) {
   if (images.count == 0) return;
   using A = accumulator_t<T>;
   const int64_t groups = images.count / grouping.group, features = grouping.features;
@@ -125,7 +126,7 @@ void minibatch_stddev_forward(Images images, Grouping grouping, double eps, Line
         const int64_t n = feature.length(tile);
         for (int64_t g = 0; g < grouping.group; ++g)
           std::copy_n(feature.at(x, g * groups + m, f, tile), n, feature.at(y, g * groups + m, f, tile));
-        const Members<T> members{feature.at(x, m, f, tile), groups * x.image, grouping.group};
+        const Members<T, kCount> members{feature.at(x, m, f, tile), groups * x.image, grouping.group};
         sum += sum_up<A>(n, [=](auto at) { return members.deviation(at, members.mean(at), static_cast<A>(eps)); })[0];
       });
       sums[task] = sum;
@@ -141,9 +142,9 @@ void minibatch_stddev_forward(Images images, Grouping grouping, double eps, Line
   }
 }
 
-template <typename T>
-void minibatch_stddev_backward(Images images, Grouping grouping, double eps, Lines<const T> grad, Lines<const T> x,
-                               Lines<T> dx, int threads) {
+template <typename T, int kCount>
+void backward(Images images, Grouping grouping, double eps, Lines<const T> grad, Lines<const T> x, Lines<T> dx,
+              int threads) {
   if (images.count == 0) return;
   using A = accumulator_t<T>;
   const int64_t groups = images.count / grouping.group, features = grouping.features;
@@ -164,7 +165,7 @@ void minibatch_stddev_backward(Images images, Grouping grouping, double eps, Lin
       alignas(64) A mean[kRun], factor[kRun];
       feature.for_each_tile(task % feature.tasks, [&](int64_t tile) {
         const int64_t n = feature.length(tile);
-        const Members<T> members{feature.at(x, m, f, tile), groups * x.image, grouping.group};
+        const Members<T, kCount> members{feature.at(x, m, f, tile), groups * x.image, grouping.group};
         const A* means = mean;
         const A* factors = factor;
         write(mean, n, [=](auto at) { return members.mean(at); });
@@ -178,6 +179,19 @@ void minibatch_stddev_backward(Images images, Grouping grouping, double eps, Lin
       });
     }
   }
+}
+
+}  // namespace
+
+template <typename T>
+void minibatch_stddev_forward(Images images, Grouping grouping, double eps, Lines<const T> x, Lines<T> y, int threads) {
+  (grouping.group == 4 ? forward<T, 4> : forward<T, 0>)(images, grouping, eps, x, y, threads);
+}
+
+template <typename T>
+void minibatch_stddev_backward(Images images, Grouping grouping, double eps, Lines<const T> grad, Lines<const T> x,
+                               Lines<T> dx, int threads) {
+  (grouping.group == 4 ? backward<T, 4> : backward<T, 0>)(images, grouping, eps, grad, x, dx, threads);
 }
 
 #define GDL_INSTANTIATE(T)                                                                            \

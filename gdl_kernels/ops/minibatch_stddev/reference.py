@@ -8,10 +8,11 @@ from torch import Tensor
 
 def minibatch_stddev(x: Tensor, group_size: int, num_features: int, eps: float) -> Tensor:
     if x.shape[0] == 0:
-        return x.new_empty(0, x.shape[1] + num_features, *x.shape[2:])
+        return torch.cat([x, x.new_empty(0, num_features, *x.shape[2:])], 1)
     group = min(group_size, x.shape[0])
     wide = grouped(x.to(torch.promote_types(x.dtype, torch.float32)), group, num_features)
-    statistic = (wide.var(0, unbiased=False) + eps).sqrt().flatten(2).mean(2)  # [N/G, F]
+    variance = (wide - wide.mean(0)).square().mean(0)
+    statistic = (variance + eps).sqrt().flatten(2).mean(2)  # [N/G, F]
     return torch.cat([x, tiled(statistic, group, x).to(x.dtype)], 1)
 
 
