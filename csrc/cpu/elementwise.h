@@ -5,6 +5,7 @@
 // are the same along the line and such as change.
 #pragma once
 
+#include <algorithm>
 #include <array>
 
 #include "half.h"
@@ -34,36 +35,43 @@ struct NumberAt {
   T operator()(T constant) const { return constant; }
 };
 
-// The sums over i < n of each term, with several partial sums: one addition need not wait for the one before.
+// The sums over i < n of each term. Several partial sums, so that one addition need not wait for the one before, and
+// started anew after some additions, so that rounding errors grow with the root of the blocks.
 template <typename T, typename... Terms>
 [[gnu::always_inline]] inline std::array<T, sizeof...(Terms)> sum_up(std::int64_t n, Terms... terms) {
   constexpr int count = sizeof...(Terms), width = kWidth<T>;
   constexpr int chains = count <= 2 ? 4 : 2;  // with what the terms need, they fit the 16 registers of AVX2
-  Vec<T> sums[chains][count];
-  for (auto& chain : sums)
-    for (auto& sum : chain) sum = Vec<T>{};
+  constexpr int additions = 16, step = chains * width;
+  Vec<T> totals[count];
+  for (auto& total : totals) total = Vec<T>{};
   std::int64_t i = 0;
-  for (; i + chains * width <= n; i += chains * width) {
+  while (i + step <= n) {
+    Vec<T> sums[chains][count];
+    for (auto& chain : sums)
+      for (auto& sum : chain) sum = Vec<T>{};
+    for (const std::int64_t end = i + std::min<std::int64_t>(additions, (n - i) / step) * step; i < end; i += step) {
 #pragma GCC unroll 4
-    for (int j = 0; j < chains; ++j) {
-      const VectorAt<T> at{i + j * width};
-      int k = 0;
-      ((sums[j][k++] += terms(at)), ...);
+      for (int j = 0; j < chains; ++j) {
+        const VectorAt<T> at{i + j * width};
+        int k = 0;
+        ((sums[j][k++] += terms(at)), ...);
+      }
+    }
+    for (int k = 0; k < count; ++k) {
+      for (int j = 1; j < chains; ++j) sums[0][k] += sums[j][k];
+      totals[k] += sums[0][k];
     }
   }
   for (; i + width <= n; i += width) {
     int k = 0;
-    ((sums[0][k++] += terms(VectorAt<T>{i})), ...);
+    ((totals[k++] += terms(VectorAt<T>{i})), ...);
   }
   std::array<T, count> rest{};
   for (; i < n; ++i) {
     int k = 0;
     ((rest[k++] += terms(NumberAt<T>{i})), ...);
   }
-  for (int k = 0; k < count; ++k) {
-    for (int j = 1; j < chains; ++j) sums[0][k] += sums[j][k];
-    rest[k] += reduce_sum<T>(sums[0][k]);
-  }
+  for (int k = 0; k < count; ++k) rest[k] += reduce_sum<T>(totals[k]);
   return rest;
 }
 
