@@ -15,8 +15,8 @@ A benchmark of such an op names the op once, and then gets a case for each shape
             if is_of(result, FORWARD) and pixels(result) >= 64**2:
                 asked += [over(result, COMPILED, 3.0), copies(result, 2.5)]
 
-All inputs are drawn and differentiated. What is neither, such as running statistics, the two functions close over. Where
-the public function is called with more than the inputs, ``explain`` is given as well.
+All inputs are drawn and differentiated. What is neither, such as running statistics, the two functions close over.
+Where the public function is called with more than the inputs, ``explain`` is given as well.
 """
 
 from __future__ import annotations

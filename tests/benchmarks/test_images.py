@@ -43,8 +43,7 @@ def _run(case: Case, *contestants: Contestant) -> Result:
     return run("image", dataclasses.replace(case, contestants=chosen, inputs=lambda _: inputs(generator)), PLAN)
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "channels_last"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
 @pytest.mark.parametrize("passes", [FORWARD, BACKWARD, TRAINING], ids=lambda passes: passes.name)
 @pytest.mark.parametrize("op", [pixel_norm.OP, minibatch_stddev.OP], ids=lambda op: op.name)
 def test_a_case_end_to_end(op: ImageOp, passes: Passes, dtype: torch.dtype, channels_last: bool) -> None:
@@ -119,8 +118,8 @@ def test_what_is_asked_of_pixel_norm() -> None:
     assert unmeasured.measured is None
 
 
-@pytest.mark.parametrize("benchmark", [pixel_norm, minibatch_stddev], ids=lambda module: module.__name__)
-def test_names_are_unique(benchmark: Any) -> None:
+@pytest.mark.parametrize("module", [pixel_norm, minibatch_stddev], ids=lambda module: module.__name__)
+def test_names_are_unique(module: Any) -> None:
     for quick in (False, True):
-        names = [built.name for built in benchmark.cases(CPU, quick=quick)]
+        names = [built.name for built in module.cases(CPU, quick=quick)]
         assert len(set(names)) == len(names) > 0

@@ -503,9 +503,7 @@ def test_module() -> None:
     ],
 )
 @pytest.mark.parametrize("backend", ["reference", "cpu", None])
-def test_bad_input(
-    backend: str | None, x: Tensor, call: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_bad_input(backend: str | None, x: Tensor, call: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         minibatch_stddev(x, backend=backend, **call)
 

@@ -16,7 +16,7 @@ from gdl_kernels.layouts import Layout
 
 from ...cases import Case, Contestant, Inputs, Task, short
 from ...passes import Passes
-from .attention import Attention, compiled_flex, in_chunks, masked
+from .attention import compiled_flex, in_chunks, masked
 from .patterns import Pattern, causal
 
 OURS, FLEX, EAGER, SDPA = "gdl_kernels", "FlexAttention", "eager, masked", "SDPA, dense causal"

@@ -15,9 +15,7 @@ def forward(y: Tensor, x: Tensor, group_size: int, num_features: int, eps: float
     _launch("minibatch_stddev_forward", x, group_size, num_features, eps, x, y)
 
 
-def backward(
-    dx: Tensor, grad: Tensor, x: Tensor, group_size: int, num_features: int, eps: float, backend: str
-) -> None:
+def backward(dx: Tensor, grad: Tensor, x: Tensor, group_size: int, num_features: int, eps: float, backend: str) -> None:
     _launch("minibatch_stddev_backward", x, group_size, num_features, eps, grad, x, dx)
 
 

@@ -1,8 +1,8 @@
 """Minibatch standard deviation on the GPU, in Triton.
 
-A program owns some tiles of one feature of one group: places in a tile times all members of the group, held in registers
-from the first look, for the mean, to the second, for the variance. What programs sum for each other goes through memory
-to a second launch, which adds it in one order: results are the same every run.
+A program owns some tiles of one feature of one group: places in a tile times all members of the group, held in
+registers from the first look, for the mean, to the second, for the variance. What programs sum for each other goes
+through memory to a second launch, which adds it in one order: results are the same every run.
 """
 
 from __future__ import annotations
@@ -223,9 +223,7 @@ def forward(y: Tensor, x: Tensor, group_size: int, num_features: int, eps: float
     )  # fmt: skip
 
 
-def backward(
-    dx: Tensor, grad: Tensor, x: Tensor, group_size: int, num_features: int, eps: float, backend: str
-) -> None:
+def backward(dx: Tensor, grad: Tensor, x: Tensor, group_size: int, num_features: int, eps: float, backend: str) -> None:
     samples, channels, pixels = _images.shape(x)
     if samples == 0:
         return
