@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
-#: Of four warps: with so many registers a thread, five blocks share a multiprocessor.
-MAX_REGISTERS = 96
+#: With so many a thread, four blocks of four warps share a multiprocessor. Aligned lines take half as many.
+MAX_REGISTERS = 128
 
 Compiled = list[tuple[str, Any]]
 
