@@ -11,7 +11,7 @@ namespace {
 using std::int64_t;
 
 // Numbers of a line that are worked on at a time: those of a usual group stay in L1 from the first look to the last.
-constexpr int64_t kRun = 512;
+constexpr int64_t kRun = 256;
 
 // Places that make a task. Sums are taken by tasks, whose size no number of threads changes.
 constexpr int64_t kTask = 4096;
