@@ -60,21 +60,21 @@ struct Members {
 
   int64_t size() const { return kCount > 0 ? kCount : count; }
 
-  // Two looks, so that the variance of numbers that are large beside their differences does not cancel.
+  // By how much the mean is above the first member. Differences first: of members that are close to each other they are
+  // exact, and neither the variance nor a deviation cancels where the mean is large.
   template <typename At>
   auto mean(At at) const {
-    auto sum = at(first);
-    for (int64_t g = 1; g < size(); ++g) sum += at(first + g * step);
+    auto sum = at(first) - at(first);
+    for (int64_t g = 1; g < size(); ++g) sum += at(first + g * step) - at(first);
     return sum / static_cast<accumulator_t<T>>(size());
   }
 
   template <typename At, typename Mean>
-  auto deviation(At at, Mean mean, accumulator_t<T> eps) const {
-    auto centred = at(first) - mean;
-    auto sum = centred * centred;
+  auto stddev(At at, Mean mean, accumulator_t<T> eps) const {
+    auto sum = mean * mean;  // of the first member
     for (int64_t g = 1; g < size(); ++g) {
-      centred = at(first + g * step) - mean;
-      sum += centred * centred;
+      const auto deviation = at(first + g * step) - at(first) - mean;
+      sum += deviation * deviation;
     }
     return square_root(sum / static_cast<accumulator_t<T>>(size()) + eps);
   }
@@ -127,7 +127,7 @@ void forward(Images images, Grouping grouping, double eps, Lines<const T> x, Lin
         for (int64_t g = 0; g < grouping.group; ++g)
           std::copy_n(feature.at(x, g * groups + m, f, tile), n, feature.at(y, g * groups + m, f, tile));
         const Members<T, kCount> members{feature.at(x, m, f, tile), groups * x.image, grouping.group};
-        sum += sum_up<A>(n, [=](auto at) { return members.deviation(at, members.mean(at), static_cast<A>(eps)); })[0];
+        sum += sum_up<A>(n, [=](auto at) { return members.stddev(at, members.mean(at), static_cast<A>(eps)); })[0];
       });
       sums[task] = sum;
     }
@@ -169,12 +169,12 @@ void backward(Images images, Grouping grouping, double eps, Lines<const T> grad,
         const A* means = mean;
         const A* factors = factor;
         write(mean, n, [=](auto at) { return members.mean(at); });
-        write(factor, n, [=](auto at) { return share / members.deviation(at, at(means), static_cast<A>(eps)); });
+        write(factor, n, [=](auto at) { return share / members.stddev(at, at(means), static_cast<A>(eps)); });
         for (int64_t g = 0; g < grouping.group; ++g) {
           const T* in = feature.at(x, g * groups + m, f, tile);
           const T* copied = feature.at(grad, g * groups + m, f, tile);
           write(feature.at(dx, g * groups + m, f, tile), n,
-                [=](auto at) { return at(copied) + (at(in) - at(means)) * at(factors); });
+                [=](auto at) { return at(copied) + (at(in) - at(members.first) - at(means)) * at(factors); });
         }
       });
     }

@@ -90,6 +90,7 @@ def _gradient_of_backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
     v_wide, x_wide = (reference.grouped(t.to(wide), group, num_features) for t in (v, x))
     count = group * math.prod(x_wide.shape[3:])
     centred = x_wide - x_wide.mean(0)
+    centred = centred - centred.mean(0)  # beside small deviations the rounding of the mean is not small
     r = (centred.square().mean(0) + eps).rsqrt()
     u = centred * r  # [G, N/G, F, C/F, *spatial]
     projected = (v_wide * u).mean(0)

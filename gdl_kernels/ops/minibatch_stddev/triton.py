@@ -55,6 +55,9 @@ def _deviations(values, there, size):
     divisor = size.to(tl.float32)
     mean = tl.div_rn(tl.sum(values, 0), divisor)
     centred = tl.where(there, values - mean[None, :], 0.0)  # [GROUP, PLACES]
+    # Beside small deviations the rounding of the mean is not small.
+    left = tl.div_rn(tl.sum(centred, 0), divisor)
+    centred = tl.where(there, centred - left[None, :], 0.0)
     return centred, tl.div_rn(tl.sum(centred * centred, 0), divisor)
 
 
