@@ -4,6 +4,7 @@ from . import layouts, nn
 from ._backends import available_backends, backend, explain
 from .ops.adain import adain
 from .ops.adain_from_style import adain_from_style
+from .ops.minibatch_stddev import minibatch_stddev
 from .ops.pixel_norm import pixel_norm
 from .ops.sparse_attention import sparse_attention
 from .ops.sparse_attention.merge import merge_attention
@@ -19,6 +20,7 @@ __all__ = [
     "explain",
     "layouts",
     "merge_attention",
+    "minibatch_stddev",
     "nn",
     "pixel_norm",
     "sparse_attention",

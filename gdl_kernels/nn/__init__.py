@@ -2,8 +2,17 @@
 
 from .adain import AdaIN, AdaINFromStyle
 from .key_value_cache import KeyValueCache
+from .minibatch_stddev import MinibatchStdDev
 from .pixel_norm import PixelNorm
 from .sparse_self_attention import SparseSelfAttention
 from .style_epilogue import StyleEpilogue
 
-__all__ = ["AdaIN", "AdaINFromStyle", "KeyValueCache", "PixelNorm", "SparseSelfAttention", "StyleEpilogue"]
+__all__ = [
+    "AdaIN",
+    "AdaINFromStyle",
+    "KeyValueCache",
+    "MinibatchStdDev",
+    "PixelNorm",
+    "SparseSelfAttention",
+    "StyleEpilogue",
+]
