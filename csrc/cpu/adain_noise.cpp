@@ -2,7 +2,9 @@
 //
 // Counter (q, image) gives four normal numbers, those of the pixels q, Q + q, 2 Q + q and 3 Q + q of a quarter's size Q: so
 // each is written to memory in order. Logarithm, sine and cosine are polynomials, in float32 whatever T is.
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "adain.h"
 #include "philox.h"
@@ -78,15 +80,19 @@ void draw_noise(std::uint64_t seed, std::int64_t images, std::int64_t pixels, T*
     const std::int64_t n = task / pieces, first = task % pieces * piece;
     T* image = out + n * pixels;
     for (std::int64_t q = first; q < std::min(quarter, first + piece); q += kWords) {
-      Words counter;
-      for (int i = 0; i < kWords; ++i) counter[i] = static_cast<std::uint32_t>(q + i);
+      const Words counter = (Words)lane_index<float>() + static_cast<std::uint32_t>(q);
       const PhiloxWords words = philox(seed, counter, static_cast<std::uint32_t>(n), 0, kStream);
       const Pair low = normal_pair(words.word[0], words.word[1]), high = normal_pair(words.word[2], words.word[3]);
       const Floats normals[4] = {low.first, low.second, high.first, high.second};
       const std::int64_t count = std::min<std::int64_t>(kWords, quarter - q);
       for (int k = 0; k < 4; ++k) {
-        const std::int64_t to = k * quarter + q;
-        for (std::int64_t i = 0; i < std::min(count, pixels - to); ++i) image[to + i] = normals[k][i];
+        const std::int64_t to = k * quarter + q, fit = std::min(count, pixels - to);
+        T values[kWords];
+        for (int i = 0; i < kWords; ++i) values[i] = normals[k][i];
+        if (fit == kWords)
+          std::memcpy(image + to, values, sizeof values);
+        else
+          for (std::int64_t i = 0; i < fit; ++i) image[to + i] = values[i];
       }
     }
   }

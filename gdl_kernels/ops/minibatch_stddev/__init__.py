@@ -6,6 +6,7 @@ import math
 
 from torch import Tensor
 
+from ..._arguments import check_floating, check_positive
 from . import op, reference
 
 
@@ -50,10 +51,7 @@ def minibatch_stddev(
 
 
 def _check(x: Tensor, group_size: int, num_features: int, eps: float) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    if x.dtype not in op.DTYPES:
-        raise TypeError(f"x must be float32, float16, bfloat16 or float64, got {x.dtype}")
+    check_floating("x", x)
     if x.dim() < 2:
         raise ValueError(f"x must be (N, C, *spatial), got shape {tuple(x.shape)}")
     if math.prod(x.shape[1:]) == 0:
@@ -72,7 +70,4 @@ def _check(x: Tensor, group_size: int, num_features: int, eps: float) -> None:
         )
     if channels % num_features:
         raise ValueError(f"num_features must divide x's {channels} channels, got {num_features}")
-    if not isinstance(eps, (int, float)):
-        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps must be positive and finite, got {eps}")
+    check_positive("eps", eps)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ... import _images, _native
-
-#: Elements that are worth a thread; PyTorch's own grain.
-GRAIN = 32768
 
 
 def forward(y: Tensor, x: Tensor, group_size: int, num_features: int, eps: float, backend: str) -> None:
@@ -22,9 +18,8 @@ def backward(dx: Tensor, grad: Tensor, x: Tensor, group_size: int, num_features:
 def _launch(kernel: str, x: Tensor, group_size: int, num_features: int, eps: float, *tensors: Tensor) -> None:
     last = _images.channels_last(x)
     lines = [_images.lines(t, last) for t in tensors]
-    threads = min(torch.get_num_threads(), 1 + x.numel() // GRAIN)
     dtype = str(x.dtype).removeprefix("torch.")
     arrays = (line.array() for line in lines)
     group = min(group_size, x.shape[0])
     native = getattr(_native.cpu_module(), kernel)
-    native(dtype, _images.shape(x), last, group, num_features, eps, *arrays, threads)
+    native(dtype, _images.shape(x), last, group, num_features, eps, *arrays, _images.threads(x))

@@ -14,17 +14,8 @@ from ... import _backends, _images, _native
 from ..._registration import register
 from . import cpu, reference
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
 #: The largest group that the Triton kernels hold at once; the C++ kernels take any.
 MAX_GROUP = 1024
-
-
-def _cpu_reasons(x: Tensor, **_: Any) -> list[str]:
-    reasons = _native.missing("cpu")
-    if x.device.type != "cpu":
-        reasons.append(f"x is on {x.device}")
-    return reasons
 
 
 def _triton_reasons(x: Tensor, *, group_size: int = 4, **_: Any) -> list[str]:
@@ -51,7 +42,7 @@ def _examples() -> Iterator[_backends.Example]:
         yield _backends.Example(f"{name}, channels last", (last.requires_grad_(),), call)
 
 
-choices = _backends.add_op("minibatch_stddev", {"cpu": _cpu_reasons, "triton": _triton_reasons}, _examples)
+choices = _backends.add_op("minibatch_stddev", {"cpu": _images.cpu_reasons, "triton": _triton_reasons}, _examples)
 
 
 def _output(x: Tensor, group_size: int, num_features: int, *_: Any) -> Tensor:
