@@ -2,6 +2,7 @@
 
 from . import layouts, nn
 from ._backends import available_backends, backend, explain
+from .ops.conditional_batch_norm import conditional_batch_norm
 from .ops.pixel_norm import pixel_norm
 from .ops.sparse_attention import sparse_attention
 from .ops.sparse_attention.merge import merge_attention
@@ -11,6 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     "available_backends",
     "backend",
+    "conditional_batch_norm",
     "explain",
     "layouts",
     "merge_attention",

@@ -7,9 +7,15 @@ is read where it is.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from . import _native
+
+#: Elements that are worth a thread of the CPU; PyTorch's own grain.
+GRAIN = 32768
 
 
 class Lines(NamedTuple):
@@ -39,6 +45,26 @@ def empty_like(x: Tensor) -> Tensor:
 def shape(x: Tensor) -> tuple[int, int, int]:
     """(N, C, pixels)."""
     return x.shape[0], x.shape[1], math.prod(x.shape[2:])
+
+
+def threads(x: Tensor) -> int:
+    """How many of the CPU's threads a pass over ``x`` is worth."""
+    return min(torch.get_num_threads(), 1 + x.numel() // GRAIN)
+
+
+def cpu_reasons(x: Tensor, *_: Any, **__: Any) -> list[str]:
+    """Why the C++ kernels of an op on images can't serve a call; empty if they can."""
+    return _native.missing("cpu") + ([f"x is on {x.device}"] if x.device.type != "cpu" else [])
+
+
+def cuda_reasons(x: Tensor, *_: Any, **__: Any) -> list[str]:
+    """Why the CUDA kernels can't."""
+    reasons = _native.missing("cuda")
+    if x.device.type != "cuda":
+        reasons.append(f"x is on {x.device}")
+    if x.dtype == torch.float64:
+        reasons.append("x is float64")
+    return reasons
 
 
 def lines(x: Tensor, last: bool) -> Lines:

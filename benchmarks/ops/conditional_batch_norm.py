@@ -1,0 +1,71 @@
+"""Conditional batch norm in training, at the shapes of BigGAN's generator, against torch's batch norm, gain and bias."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import gdl_kernels
+from gdl_kernels._backends import Explanation
+
+from ..cases import Case
+from ..images import BACKWARD, COMPILED, EAGER, FORWARD, TRAINING, ImageOp, case, copies, is_of, over, pixels
+from ..results import Bar, Result
+
+
+def ours(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+    return gdl_kernels.conditional_batch_norm(x, gain, bias, None, None, training=True)
+
+
+def explain(x: Tensor, gain: Tensor, bias: Tensor) -> Explanation:
+    return gdl_kernels.explain("conditional_batch_norm", x, gain, bias, None, None, training=True)
+
+
+def batch_norm_then_gain_and_bias(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+    y = F.batch_norm(x, None, None, training=True)
+    return y * gain[..., None, None] + bias[..., None, None]
+
+
+OP = ImageOp("conditional_batch_norm", ours, batch_norm_then_gain_and_bias, explain)
+
+#: Images in a minibatch, channels, and how many pixels wide: BigGAN-128's generator at width 96, as many images as fit in
+#: about 100 MB.
+SIZES = (
+    (32, 1536, 4),
+    (32, 1536, 8),
+    (32, 768, 16),
+    (32, 384, 32),
+    (16, 192, 64),
+    (8, 96, 128),
+)
+QUICK_SIZES = (SIZES[2], SIZES[4])
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    for passes in (FORWARD, TRAINING) if quick else (FORWARD, BACKWARD, TRAINING):
+        for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
+            for images, channels, width in QUICK_SIZES if quick else SIZES:
+                yield case(OP, _shapes(images, channels, width), dtype, device, passes)
+    if not quick:
+        for passes in (FORWARD, TRAINING):
+            for dtype in (torch.float32, torch.bfloat16):
+                yield case(OP, _shapes(16, 192, 64), dtype, device, passes, channels_last=True)
+
+
+def _shapes(images: int, channels: int, width: int) -> list[tuple[int, ...]]:
+    return [(images, channels, width, width), (images, channels), (images, channels)]
+
+
+def bars(results: Sequence[Result]) -> list[Bar]:
+    asked = []
+    for result in results:
+        if pixels(result) < 64**2:
+            continue  # as for the other normalisations
+        if is_of(result, FORWARD):
+            asked += [over(result, COMPILED, 3.0), copies(result, 2.5)]
+        elif is_of(result, BACKWARD):
+            asked.append(over(result, EAGER, 5.0))
+    return asked
