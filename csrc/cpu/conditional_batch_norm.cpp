@@ -10,9 +10,11 @@ namespace {
 
 using std::int64_t;
 
-// Elements of a tile. Sums of a tile are kept in the dtype that the numbers are widened to and then added to the other
-// tiles' in double; moments read a tile twice, the second time from L1.
+// Elements of a tile: moments read it twice, the second time from L1.
 constexpr int64_t kTile = 4096;
+
+// Elements whose sum is kept in the dtype that they are widened to; such sums are added in double.
+constexpr int64_t kPiece = 512;
 
 // With channels last, the rows of a tile, and the channels whose sums are kept in L1 while its rows are walked.
 constexpr int64_t kRows = 64;
@@ -141,24 +143,25 @@ void merge(const Tiles& tiles, const double* means, const double* squares, doubl
   }
 }
 
-// The terms of conditional_batch_norm_sums, of lines or parts of lines.
+// Parts of lines.
 template <typename T>
 struct Pointers {
   const T *v, *grad, *x;
 };
 
+// f(the terms of conditional_batch_norm_sums): of pointers, each gives an expression of a place in their lines.
 template <bool kSecond, typename T, typename Mean, typename F>
-auto with_terms(Pointers<T> p, Mean mean, F f) {
-  const auto [v, grad, x] = p;
-  const auto of_grad = [=, grad = grad](auto at) { return at(grad); };
-  const auto of_grad_x = [=, grad = grad, x = x](auto at) { return at(grad) * (at(x) - at(mean)); };
+auto with_terms(Mean mean, F f) {
+  using P = Pointers<T>;
+  const auto grad = [](P p) { return [=](auto at) { return at(p.grad); }; };
+  const auto grad_x = [mean](P p) { return [=](auto at) { return at(p.grad) * (at(p.x) - at(mean)); }; };
   if constexpr (kSecond) {
-    const auto of_v = [=, v = v](auto at) { return at(v); };
-    const auto of_v_x = [=, v = v, x = x](auto at) { return at(v) * (at(x) - at(mean)); };
-    const auto of_v_grad = [=, v = v, grad = grad](auto at) { return at(v) * at(grad); };
-    return f(of_grad, of_grad_x, of_v, of_v_x, of_v_grad);
+    const auto v = [](P p) { return [=](auto at) { return at(p.v); }; };
+    const auto v_x = [mean](P p) { return [=](auto at) { return at(p.v) * (at(p.x) - at(mean)); }; };
+    const auto v_grad = [](P p) { return [=](auto at) { return at(p.v) * at(p.grad); }; };
+    return f(grad, grad_x, v, v_x, v_grad);
   } else {
-    return f(of_grad, of_grad_x);
+    return f(grad, grad_x);
   }
 }
 
@@ -180,23 +183,29 @@ void sums_of_planes(const Images& images, Lines<const T> v, Lines<const T> grad,
       for (int64_t c = task.first_channel; c < task.end_channel; ++c) {
         const Pointers<T> p{kSecond ? v.at(task.n, c) + first : nullptr, grad.at(task.n, c) + first,
                             x.at(task.n, c) + first};
-        const auto found =
-            with_terms<kSecond>(p, mean[c], [=](auto... terms) { return sum_up<A>(size, terms...); });
-        for (int k = 0; k < count; ++k) out[k * step + c] = found[k];
+        std::array<double, count> total = {};
+        for (int64_t i = 0; i < size; i += kPiece) {
+          const Pointers<T> piece{kSecond ? p.v + i : nullptr, p.grad + i, p.x + i};
+          const auto found = with_terms<kSecond, T>(
+              mean[c], [=](auto... terms) { return sum_up<A>(std::min(kPiece, size - i), terms(piece)...); });
+          for (int k = 0; k < count; ++k) total[k] += static_cast<double>(found[k]);
+        }
+        for (int k = 0; k < count; ++k) out[k * step + c] = static_cast<A>(total[k]);
       }
       return;
     }
-    for (int k = 0; k < count; ++k) std::fill_n(out + k * step, images.channels, A(0));
-    for (int64_t row = first; row < first + size; ++row) {
-      const Pointers<T> p{kSecond ? v.at(task.n, row) : nullptr, grad.at(task.n, row), x.at(task.n, row)};
-      with_terms<kSecond>(p, mean, [=](auto... terms) {
-        int k = 0;
-        const auto add = [&](auto term) {
-          A* to = out + k++ * step;
-          write(to, images.channels, [=](auto at) { return at(to) + term(at); });
-        };
-        (add(terms), ...);
-      });
+    for (int64_t c = 0; c < images.channels; c += kStrip) {
+      const int64_t width = std::min(kStrip, images.channels - c);
+      const auto add = [&](int k, auto term) {
+        std::fill_n(out + k * step + c, width, A(0));
+        add_rows(out + k * step + c, width, size, [&](int64_t row) {
+          const Pointers<T> p{kSecond ? v.at(task.n, first + row) + c : nullptr, grad.at(task.n, first + row) + c,
+                              x.at(task.n, first + row) + c};
+          return term(p);
+        });
+      };
+      int k = 0;
+      with_terms<kSecond, T>(mean + c, [&](auto... terms) { (add(k++, terms), ...); });
     }
   });
   if (whole) return;

@@ -50,7 +50,7 @@ SHAPES = [
     (2, 3, 70, 65),  # more than a tile, planar and with channels last; the last is not full
     (2, 600, 3, 3),  # more channels than a task has planes, or a strip has
     (3, 6, 1, 1),  # 1x1 maps
-    (33, 17),  # no pixels
+    (12, 17),  # no pixels
     (3, 1, 50),  # one channel: the line of a channels-last tensor has one element
     (2, 3, 2, 3, 4),  # volumes
 ]
@@ -87,15 +87,16 @@ def check(tensors: list[Tensor], grad: Tensor, backend: str, training: bool = Tr
     ours, plain = run(tensors, grad, backend, training), run(tensors, grad, "reference", training)
     exact = run(double(tensors), grad.double(), "reference", training)
     x, gain = (t.double() for t in tensors[:2])
-    each = [0, *range(2, x.dim())]
+    each, plane = [0, *range(2, x.dim())], [*x.shape[:2], *[1] * (x.dim() - 2)]
     var = x.var(each, correction=0) if training else tensors[4].double()
-    rstd = (var + 1e-5).rsqrt()
+    rstd = (var + 1e-5).rsqrt().view(1, -1, *plane[2:])
+    # What the results are differences of: x and the mean; grad and its parts along 1 and x.
+    uncentred, grads = (x * rstd).abs(), grad.double().abs()
     terms = {
-        "y": exact[0],
-        # What its parts along 1 and x are taken from.
-        "of x": grad.double() * (gain * rstd).view(*x.shape[:2], *[1] * (x.dim() - 2)),
-        "of gain": grad.double().flatten(2).norm(dim=2) if x.dim() > 2 else grad.double(),
-        "of bias": grad.double().flatten(2).norm(dim=2) if x.dim() > 2 else grad.double(),
+        "y": uncentred * gain.view(plane),
+        "of x": grads * rstd * gain.view(plane) * (1 + uncentred),
+        "of gain": (grads * (1 + uncentred)).view(*x.shape[:2], -1).norm(dim=2),
+        "of bias": grads.view(*x.shape[:2], -1).norm(dim=2),
         "running mean": exact[4],
         "running var": exact[5],
     }
@@ -103,9 +104,10 @@ def check(tensors: list[Tensor], grad: Tensor, backend: str, training: bool = Tr
         assert_accurate(*values, what=what, terms=scale)
 
 
-# The first two in every dtype; the others need no more than one that is narrower than its sums.
-CASES = [(memory, dtype) for memory in list(MEMORY)[:2] for dtype in DTYPES]
-CASES += [(memory, torch.bfloat16) for memory in list(MEMORY)[2:]]
+# The first two in every dtype; the others need no more than one that is narrower than its sums. The interpreter takes a
+# tenth of a second a case, and strides are no business of the kernels.
+CASES = [(memory, dtype) for memory in list(MEMORY)[:2] for dtype in (DTYPES[::2] if INTERPRETING else DTYPES)]
+CASES += [] if INTERPRETING else [(memory, torch.bfloat16) for memory in list(MEMORY)[2:]]
 
 
 @for_each_mode
@@ -131,7 +133,7 @@ def test_triton_kernels_in_their_interpreter() -> None:
     done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 0, "under TRITON_INTERPRET=1 cases failed, as told above"
-    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 2 * len(SHAPES) * len(CASES)
+    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 8 * len(SHAPES)
 
 
 @for_each_mode
@@ -172,7 +174,7 @@ def test_each_row_is_batch_norm_with_its_own_gain(backend: str) -> None:
 
 
 @pytest.mark.parametrize("memory", ["contiguous", "channels last"])
-@pytest.mark.parametrize("shape", [(4, 5, 24, 24), (2, 3, 70, 65)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 5, 24, 24), (2, 9, 70, 65)], ids=str)
 @for_each_kernel
 def test_statistics_do_not_cancel(kernel: Kernel, shape: tuple[int, ...], memory: str) -> None:
     backend, device = kernel
@@ -189,9 +191,10 @@ def test_statistics_do_not_cancel(kernel: Kernel, shape: tuple[int, ...], memory
 def test_a_first_pixel_far_from_the_rest(kernel: Kernel) -> None:
     # Sums shifted by a channel's first number would cancel.
     backend, device = kernel
-    tensors = case((2, 3, 40, 40), torch.float32, device)
+    shape = (2, 24, 20, 20)
+    tensors = case(shape, torch.float32, device)
     tensors[0][0, :, 0, 0] = 3e4
-    check(tensors, random((2, 3, 40, 40), torch.float32, device), backend)
+    check(tensors, random(shape, torch.float32, device), backend)
 
 
 @pytest.mark.skipif(INTERPRETING, reason="the C++ kernels have had it")
@@ -316,8 +319,8 @@ def second(tensors: list[Tensor], cotangents: list[Tensor], backend: str, traini
 
 @for_each_mode
 @pytest.mark.parametrize("memory", ["contiguous", "channels last"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(3, 24, 5, 4), (2, 3, 70, 65)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[::2] if INTERPRETING else DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 24, 5, 4), (2, 3, 50, 65)], ids=str)
 @for_each_kernel
 def test_second_gradients_of_each_dtype(
     kernel: Kernel, shape: tuple[int, ...], dtype: torch.dtype, memory: str, training: bool

@@ -30,6 +30,7 @@ CASES = [
     if split == "one value each" or spatial
     for backend in ("reference", "cpu")
     for dtype in (torch.float64, torch.float32)
+    if split != "one value each" or dtype == torch.float64  # dx is what is left of g - g
 ]
 
 TERMS = ["y", "x", "gain", "bias", "grad", "x twice", "gain twice", "third", "running mean", "running var"]
