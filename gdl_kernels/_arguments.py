@@ -52,5 +52,5 @@ def check_positive(name: str, value: float) -> None:
 def check_finite(name: str, value: float, wanted: str = "finite") -> None:
     if not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be {wanted}, got {value}")

@@ -1,4 +1,4 @@
-"""Conditional batch norm in training, at the shapes of BigGAN's generator, against torch's batch norm, gain and bias."""
+"""Conditional batch norm in training, at the shapes of BigGAN's generator, against F.batch_norm, gain and bias."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def batch_norm_then_gain_and_bias(x: Tensor, gain: Tensor, bias: Tensor) -> Tens
 
 OP = ImageOp("conditional_batch_norm", ours, batch_norm_then_gain_and_bias, explain)
 
-#: Images in a minibatch, channels, and how many pixels wide: BigGAN-128's generator at width 96, as many images as fit in
-#: about 100 MB.
+#: Images in a minibatch, channels, and how many pixels wide: BigGAN-128's generator at width 96, with as many images as
+#: fit in about 100 MB.
 SIZES = (
     (32, 1536, 4),
     (32, 1536, 8),

@@ -5,6 +5,7 @@
 // are the same along the line and such as change.
 #pragma once
 
+#include <algorithm>
 #include <array>
 
 #include "half.h"
@@ -34,36 +35,45 @@ struct NumberAt {
   T operator()(T constant) const { return constant; }
 };
 
-// The sums over i < n of each term, with several partial sums: one addition need not wait for the one before.
+// A sum is started anew after so many additions, and the sums are added up: rounding errors stay small.
+constexpr int kAdditions = 16;
+
+// The sums over i < n of each term, in several chains: one addition need not wait for the one before.
 template <typename T, typename... Terms>
 [[gnu::always_inline]] inline std::array<T, sizeof...(Terms)> sum_up(std::int64_t n, Terms... terms) {
   constexpr int count = sizeof...(Terms), width = kWidth<T>;
   constexpr int chains = count <= 2 ? 4 : 2;  // with what the terms need, they fit the 16 registers of AVX2
-  Vec<T> sums[chains][count];
-  for (auto& chain : sums)
-    for (auto& sum : chain) sum = Vec<T>{};
+  constexpr int step = chains * width;
+  Vec<T> totals[count];
+  for (auto& total : totals) total = Vec<T>{};
   std::int64_t i = 0;
-  for (; i + chains * width <= n; i += chains * width) {
+  while (i + step <= n) {
+    Vec<T> sums[chains][count];
+    for (auto& chain : sums)
+      for (auto& sum : chain) sum = Vec<T>{};
+    for (const std::int64_t end = i + std::min<std::int64_t>(kAdditions, (n - i) / step) * step; i < end; i += step) {
 #pragma GCC unroll 4
-    for (int j = 0; j < chains; ++j) {
-      const VectorAt<T> at{i + j * width};
-      int k = 0;
-      ((sums[j][k++] += terms(at)), ...);
+      for (int j = 0; j < chains; ++j) {
+        const VectorAt<T> at{i + j * width};
+        int k = 0;
+        ((sums[j][k++] += terms(at)), ...);
+      }
+    }
+    for (int k = 0; k < count; ++k) {
+      for (int j = 1; j < chains; ++j) sums[0][k] += sums[j][k];
+      totals[k] += sums[0][k];
     }
   }
   for (; i + width <= n; i += width) {
     int k = 0;
-    ((sums[0][k++] += terms(VectorAt<T>{i})), ...);
+    ((totals[k++] += terms(VectorAt<T>{i})), ...);
   }
   std::array<T, count> rest{};
   for (; i < n; ++i) {
     int k = 0;
     ((rest[k++] += terms(NumberAt<T>{i})), ...);
   }
-  for (int k = 0; k < count; ++k) {
-    for (int j = 1; j < chains; ++j) sums[0][k] += sums[j][k];
-    rest[k] += reduce_sum<T>(sums[0][k]);
-  }
+  for (int k = 0; k < count; ++k) rest[k] += reduce_sum<T>(totals[k]);
   return rest;
 }
 
@@ -72,15 +82,20 @@ template <typename E, typename Value, typename... Terms, typename T = accumulato
 [[gnu::always_inline]] inline std::array<T, sizeof...(Terms)> write(E* out, std::int64_t n, Value value,
                                                                     Terms... terms) {
   constexpr int count = sizeof...(Terms), width = kWidth<T>;
-  Vec<T> sums[count + 1];
-  for (auto& sum : sums) sum = Vec<T>{};
+  Vec<T> totals[count + 1];
+  for (auto& total : totals) total = Vec<T>{};
   std::int64_t i = 0;
-  for (; i + width <= n; i += width) {
-    const VectorAt<T> at{i};
-    const Vec<T> v = value(at);
-    store_rounded(out + i, v);
-    [[maybe_unused]] int k = 0;
-    ((sums[k++] += terms(at, v)), ...);
+  while (i + width <= n) {
+    Vec<T> sums[count + 1];
+    for (auto& sum : sums) sum = Vec<T>{};
+    for (const std::int64_t end = i + std::min<std::int64_t>(kAdditions, (n - i) / width) * width; i < end; i += width) {
+      const VectorAt<T> at{i};
+      const Vec<T> v = value(at);
+      store_rounded(out + i, v);
+      [[maybe_unused]] int k = 0;
+      ((sums[k++] += terms(at, v)), ...);
+    }
+    for (int k = 0; k < count; ++k) totals[k] += sums[k];
   }
   std::array<T, count> rest{};
   for (; i < n; ++i) {
@@ -90,7 +105,7 @@ template <typename E, typename Value, typename... Terms, typename T = accumulato
     [[maybe_unused]] int k = 0;
     ((rest[k++] += terms(at, v)), ...);
   }
-  for (int k = 0; k < count; ++k) rest[k] += reduce_sum<T>(sums[k]);
+  for (int k = 0; k < count; ++k) rest[k] += reduce_sum<T>(totals[k]);
   return rest;
 }
 

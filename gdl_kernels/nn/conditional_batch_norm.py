@@ -18,7 +18,7 @@ class ConditionalBatchNorm2d(nn.Module):
 
     The condition is a vector, from which ``gain`` and ``bias`` are linear layers without biases (BigGAN), or a class,
     which they are embeddings of (SAGAN). The factor is ``1 + gain(condition)``. Both are ordinary layers: initialise
-    them, or put a spectral norm on them, as any other. Embeddings start at 0, so that the module starts as a batch norm.
+    them, or put a spectral norm on them, as any other. Embeddings start at 0: the module starts as a batch norm.
 
     Running statistics, ``momentum``, ``track_running_stats``, evaluation and the state dict's ``running_mean``,
     ``running_var`` and ``num_batches_tracked`` are those of ``torch.nn.BatchNorm2d``.
@@ -141,10 +141,10 @@ class ConditionalBatchNorm3d(ConditionalBatchNorm2d):
 def standing_statistics(root: nn.Module) -> Iterator[None]:
     """Take the statistics to sample with from the batches of a region (BigGAN, arXiv 1809.11096, appendix A).
 
-    Inside it every conditional batch norm at or below ``root``, and every batch norm of torch's, is in training mode and
-    gathers the mean of its batches' statistics from scratch. Afterwards each is in the mode it was in, and has them as
-    its running statistics, which evaluation uses. One that saw no batch keeps those that it had; all do where the region
-    raises. Other modules are left in the mode that they are in::
+    Inside it every conditional batch norm at or below ``root``, and every batch norm of torch's, is in training mode
+    and gathers the mean of its batches' statistics from scratch. Afterwards each is in the mode it was in, and has them
+    as its running statistics, which evaluation uses. One that saw no batch keeps those that it had; all do where the
+    region raises. Other modules are left in the mode that they are in::
 
         generator.eval()
         with torch.no_grad(), gdl_kernels.nn.standing_statistics(generator):

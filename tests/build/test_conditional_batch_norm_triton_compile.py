@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from tests.build.triton_target import Compiled, compiled_for, resource_usage  # noqa: E402
+from tests.build.triton_target import Compiled, compiled_for, resource_usage
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 

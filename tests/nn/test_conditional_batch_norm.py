@@ -195,9 +195,14 @@ def test_standing_statistics_are_the_mean_over_the_batches() -> None:
 def test_an_exception_leaves_the_statistics_as_they_were() -> None:
     generator = trained().train()
     before = copy.deepcopy(generator.state_dict())
-    with pytest.raises(RuntimeError, match="no more"), standing_statistics(generator):
-        generator(images(), torch.randn(6, 7))
-        raise RuntimeError("no more")
+
+    def fails() -> None:
+        with standing_statistics(generator):
+            generator(images(), torch.randn(6, 7))
+            raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        fails()
     torch.testing.assert_close(dict(generator.state_dict()), dict(before), rtol=0, atol=0)
     for norm in (*generator.norms, generator.last):
         assert norm.training

@@ -1,4 +1,4 @@
-"""conditional_batch_norm: numbers, gradients, running statistics, layouts in memory, errors. Ranks have a file of their own.
+"""conditional_batch_norm: numbers, gradients, running statistics, layouts in memory, errors. Not here: several ranks.
 
 Tests with the argument ``kernel`` run for the C++ kernels, the Triton kernels on a GPU and, where TRITON_INTERPRET=1 is
 set, for the Triton kernels in their interpreter: this file again, in a process of its own.
@@ -95,8 +95,8 @@ def check(tensors: list[Tensor], grad: Tensor, backend: str, training: bool = Tr
     terms = {
         "y": uncentred * gain.view(plane),
         "of x": grads * rstd * gain.view(plane) * (1 + uncentred),
-        "of gain": (grads * (1 + uncentred)).view(*x.shape[:2], -1).norm(dim=2),
-        "of bias": grads.view(*x.shape[:2], -1).norm(dim=2),
+        "of gain": (grads * (1 + uncentred)).reshape(*x.shape[:2], -1).norm(dim=2),
+        "of bias": grads.reshape(*x.shape[:2], -1).norm(dim=2),
         "running mean": exact[4],
         "running var": exact[5],
     }
@@ -122,6 +122,8 @@ def test_output_gradients_and_running_statistics(
     tensors[0] = MEMORY[memory](tensors[0])
     if memory == "one image for all" and len(shape) == 2 and training:
         pytest.skip("every channel is constant: all of y is rounding")
+    if INTERPRETING and shape not in SHAPES[:2] and (dtype != torch.float32 or not training):
+        pytest.skip("in the interpreter two shapes stand for all, but for training in float32")
     check(tensors, random(shape, dtype, device), backend, training)
 
 
@@ -129,11 +131,21 @@ def test_output_gradients_and_running_statistics(
 def test_triton_kernels_in_their_interpreter() -> None:
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "triton and not interpreter"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "triton and not interpreter",
+    ]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 0, "under TRITON_INTERPRET=1 cases failed, as told above"
-    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 8 * len(SHAPES)
+    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 4 * len(SHAPES)
 
 
 @for_each_mode
@@ -199,7 +211,7 @@ def test_a_first_pixel_far_from_the_rest(kernel: Kernel) -> None:
 
 @pytest.mark.skipif(INTERPRETING, reason="the C++ kernels have had it")
 @given(st.data(), st.integers(0, 2**32))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_shape_strides_and_dtype(data: st.DataObject, seed: int) -> None:
     torch.manual_seed(seed)
     shape = [data.draw(st.integers(2, 4)), data.draw(st.integers(1, 40))]
@@ -326,6 +338,8 @@ def test_second_gradients_of_each_dtype(
     kernel: Kernel, shape: tuple[int, ...], dtype: torch.dtype, memory: str, training: bool
 ) -> None:
     backend, device = kernel
+    if INTERPRETING and (dtype == torch.float32) == (shape[1] == 24):
+        pytest.skip("in the interpreter a dtype for each shape")
     tensors = case(shape, dtype, device)
     tensors[0] = MEMORY[memory](tensors[0])
     cotangents = [random(s, dtype, device) for s in (shape, shape, shape[:2], shape[:2])]

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, multiprocessing
 from torch import distributed as dist
-from torch import multiprocessing
 
 from gdl_kernels import conditional_batch_norm, nn
 
@@ -39,7 +38,9 @@ TERMS = ["y", "x", "gain", "bias", "grad", "x twice", "gain twice", "third", "ru
 def whole(split: str, spatial: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
     """x, gain, bias, and what they are differentiated with: y's gradient, then those of x, gain and bias."""
     generator = torch.Generator().manual_seed(len(split))
-    shapes = [(*((sum(SPLITS[split]), 4)), *spatial) if full else (sum(SPLITS[split]), 4) for full in (1, 0, 0, 1, 1, 0, 0)]
+    parameter = (sum(SPLITS[split]), 4)
+    image = (*parameter, *spatial)
+    shapes = [image, parameter, parameter, image, image, parameter, parameter]
     values = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     values[0] = values[0] * 2 + 50
     return [value.to(dtype) for value in values]

@@ -29,10 +29,10 @@ def conditional_batch_norm(
 
     ``y[n, c, p] = gain[n, c] * (x[n, c, p] - mean[c]) / sqrt(var[c] + eps) + bias[n, c]``
 
-    In training ``mean`` and ``var`` (biased) are those of the batch, over samples and pixels, and the running statistics
-    move towards them as in ``torch.nn.functional.batch_norm``: ``running_mean += momentum * (mean - running_mean)``, and
-    ``running_var`` the same towards the unbiased variance. In evaluation they are the running statistics, constants to
-    the gradient.
+    In training ``mean`` and ``var`` (biased) are those of the batch, over samples and pixels, and the running
+    statistics move towards them as in ``torch.nn.functional.batch_norm``: ``running_mean += momentum * (mean -
+    running_mean)``, and ``running_var`` the same towards the unbiased variance. In evaluation they are the running
+    statistics, constants to the gradient.
 
     Args:
         x: ``(N, C, *spatial)``, floating point, any strides.
@@ -50,8 +50,8 @@ def conditional_batch_norm(
 
     Returns:
         A tensor like ``x``, contiguous or, where ``x`` is, channels last. Autocast leaves its dtype alone. Accumulates
-        in float32, in float64 for float64. Differentiable twice by kernels, further by the reference, in ``x``, ``gain``
-        and ``bias``, across ranks too; under ``torch.compile`` once, without a process group.
+        in float32, in float64 for float64. Differentiable in ``x``, ``gain`` and ``bias``, across ranks too: twice by
+        kernels, further by the reference; under ``torch.compile`` once, without a process group.
 
     Raises:
         ValueError: if a shape or device doesn't fit, running statistics are missing, ``momentum`` isn't from 0 to 1,
@@ -114,4 +114,3 @@ def _check(
     ranks.check(process_group)
     if training and x.shape[0] * math.prod(x.shape[2:]) == 1 and ranks.size(process_group) == 1:
         raise ValueError(f"x must have more than one value per channel in training, got shape {tuple(x.shape)}")
-

@@ -14,7 +14,9 @@ from .passes import Term
 def moments(x: Tensor, last: bool) -> Tensor:
     out = x.new_empty(2, x.shape[1], dtype=torch.float64)
     kernel = _native.cpu_module().conditional_batch_norm_moments
-    kernel(*_images_of(x, last), _images.lines(x, last).array(), out[0].data_ptr(), out[1].data_ptr(), _images.threads(x))
+    kernel(
+        *_images_of(x, last), _images.lines(x, last).array(), out[0].data_ptr(), out[1].data_ptr(), _images.threads(x)
+    )
     return out
 
 
@@ -26,9 +28,7 @@ def sums(v: Tensor | None, grad: Tensor, x: Tensor, mean: Tensor, last: bool) ->
     return out
 
 
-def combine(
-    out: Tensor, others: Sequence[Term], x: Term | None, mean: Tensor, offset: Tensor, last: bool
-) -> None:
+def combine(out: Tensor, others: Sequence[Term], x: Term | None, mean: Tensor, offset: Tensor, last: bool) -> None:
     # Named, so that the contiguous ones live as long as the call.
     terms = [(_images.lines(t, last), weight.contiguous()) for t, weight in (*others, *([x] if x else []))]
     offset = offset.contiguous()
@@ -47,4 +47,3 @@ def _images_of(x: Tensor, last: bool) -> tuple[str, tuple[int, int, int], bool]:
 def _planes(numbers: Tensor) -> tuple[int, int]:
     """Address, and stride from image to image: 0 for numbers of channels, which all images share."""
     return numbers.data_ptr(), numbers.shape[1] if numbers.dim() == 2 else 0
-

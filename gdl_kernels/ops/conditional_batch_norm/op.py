@@ -100,8 +100,9 @@ def _gradient_of_double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         *v, grad, x, gain = own
         bias = torch.zeros_like(gain, requires_grad=True)
         mean, _, var = statistics.detach()
-        given = (None, None) if ctx.training else (mean, var)
-        y, _ = reference.conditional_batch_norm(x, gain, bias, *given, ctx.eps, ctx.group)
+        if ctx.training:
+            mean = var = None
+        y, _ = reference.conditional_batch_norm(x, gain, bias, mean, var, ctx.eps, ctx.group)
         first = torch.autograd.grad(y, [x, gain, bias], grad, create_graph=True)
         second = torch.autograd.grad(
             first, [grad, x, gain], v, create_graph=True, allow_unused=True, materialize_grads=True

@@ -1,6 +1,6 @@
 """Conditional batch norm on the GPU, in Triton.
 
-A tile is pixels by channels. Images lie planar or channels last by their strides alone: one of them is 1, for which
+A tile is channels by pixels. Images lie planar or channels last by their strides alone: one of them is 1, for which
 Triton compiles a variant, and along that dimension threads load neighbouring numbers. Sums run over a tile's pixels. A
 program walks tiles of one image and writes its part of the sums; parts are added in one order, so that results are the
 same every run.
@@ -34,8 +34,8 @@ PROGRAMS = 8
 
 @triton.jit
 def _tile(x_ptr, n, stride_n, stride_c, stride_p, channel, pixel, keep):
-    offset = channel.to(tl.int64)[None, :] * stride_c + pixel.to(tl.int64)[:, None] * stride_p
-    return tl.load(x_ptr + n.to(tl.int64) * stride_n + offset, mask=keep, other=0).to(tl.float32)  # [BP, BC]
+    offset = channel.to(tl.int64)[:, None] * stride_c + pixel.to(tl.int64)[None, :] * stride_p
+    return tl.load(x_ptr + n.to(tl.int64) * stride_n + offset, mask=keep, other=0).to(tl.float32)  # [BC, BP]
 
 
 @triton.jit
@@ -51,57 +51,60 @@ def _moments(
     x_ptr, parts_ptr, step, channels, pixels, splits, tiles_a_split, stride_n, stride_c, stride_p,
     BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    # parts [3, parts, C], in steps of step: count, mean, sum of squares about it. Means are of x less its channel's first number, whose
-    # rounding they would have otherwise; a tile's own is subtracted before anything is squared.
+    # parts [4, parts, C], in steps of step: count; a shift, the first tile's mean as it is rounded; mean less shift; sum
+    # of squares about the mean. So means keep the digits that deviations have, and nothing that cancels is squared.
     n, channel, split = _program(channels, splits, BC)
     keep_channel = channel < channels
-    first = tl.load(x_ptr + channel.to(tl.int64) * stride_c, mask=keep_channel, other=0).to(tl.float32)
     count = 0.0
+    shift = tl.zeros([BC], tl.float32)
     mean = tl.zeros([BC], tl.float32)
     squares = tl.zeros([BC], tl.float32)
     for tile in range(split * tiles_a_split, tl.minimum((split + 1) * tiles_a_split, tl.cdiv(pixels, BP))):
         pixel = tile * BP + tl.arange(0, BP)
-        keep = (pixel < pixels)[:, None] & keep_channel[None, :]
-        x = tl.where(keep, _tile(x_ptr, n, stride_n, stride_c, stride_p, channel, pixel, keep) - first[None, :], 0)
+        keep = keep_channel[:, None] & (pixel < pixels)[None, :]
+        x = _tile(x_ptr, n, stride_n, stride_c, stride_p, channel, pixel, keep)
         size = tl.minimum(pixels - tile * BP, BP).to(tl.float32)
-        tile_mean = tl.sum(x, 0) / size
-        rest = tl.where(keep, x - tile_mean[None, :], 0)
+        shift = tl.where(count == 0, tl.sum(x, 1) / size, shift)
+        x = tl.where(keep, x - shift[:, None], 0)
+        tile_mean = tl.sum(x, 1) / size
+        rest = tl.where(keep, x - tile_mean[:, None], 0)
         total = count + size
         delta = tile_mean - mean
         mean += delta * (size / total)
-        squares += tl.sum(rest * rest, 0) + delta * delta * (count * size / total)
+        squares += tl.sum(rest * rest, 1) + delta * delta * (count * size / total)
         count = total
     part = parts_ptr + (n * splits + split).to(tl.int64) * channels + channel
     tl.store(part, count + tl.zeros([BC], tl.float32), mask=keep_channel)
-    tl.store(part + step, mean, mask=keep_channel)
-    tl.store(part + 2 * step, squares, mask=keep_channel)
+    tl.store(part + step, shift, mask=keep_channel)
+    tl.store(part + 2 * step, mean, mask=keep_channel)
+    tl.store(part + 3 * step, squares, mask=keep_channel)
 
 
 @triton.jit
-def _merge(x_ptr, parts_ptr, out_ptr, n_parts, step, channels, stride_c, BR: tl.constexpr, BC: tl.constexpr):
-    # out [2, C]: mean, sum of squares about it.
+def _merge(parts_ptr, out_ptr, n_parts, step, channels, BR: tl.constexpr, BC: tl.constexpr):
+    # out [2, C]: mean, sum of squares about it. Here means are less the first part's shift.
     channel = tl.program_id(0) * BC + tl.arange(0, BC)
     keep_channel = channel < channels
+    first = tl.load(parts_ptr + step + channel, mask=keep_channel, other=0)
     count = tl.zeros([BC], tl.float32)
     mean = tl.zeros([BC], tl.float32)
     squares = tl.zeros([BC], tl.float32)
     for start in range(0, n_parts, BR):
         part = start + tl.arange(0, BR)
-        keep = (part < n_parts)[:, None] & keep_channel[None, :]
-        at = parts_ptr + part.to(tl.int64)[:, None] * channels + channel[None, :]
-        counts = tl.load(at, mask=keep, other=0)  # [BR, BC]
-        means = tl.load(at + step, mask=keep, other=0)
-        size = tl.sum(counts, 0)
+        keep = keep_channel[:, None] & (part < n_parts)[None, :]
+        at = parts_ptr + part.to(tl.int64)[None, :] * channels + channel[:, None]
+        counts = tl.load(at, mask=keep, other=0)  # [BC, BR]
+        means = tl.load(at + step, mask=keep, other=0) - first[:, None] + tl.load(at + 2 * step, mask=keep, other=0)
+        size = tl.sum(counts, 1)
         total = count + size
-        here = tl.sum(counts * means, 0) / tl.maximum(size, 1)
-        apart = means - here[None, :]
+        here = tl.sum(counts * means, 1) / tl.maximum(size, 1)
+        apart = means - here[:, None]
         delta = here - mean
         share = size / tl.maximum(total, 1)
-        squares += tl.sum(tl.load(at + 2 * step, mask=keep, other=0) + counts * apart * apart, 0)
+        squares += tl.sum(tl.load(at + 3 * step, mask=keep, other=0) + counts * apart * apart, 1)
         squares += delta * delta * count * share
         mean += delta * share
         count = total
-    first = tl.load(x_ptr + channel.to(tl.int64) * stride_c, mask=keep_channel, other=0).to(tl.float32)
     tl.store(out_ptr + channel, first + mean, mask=keep_channel)
     tl.store(out_ptr + channels + channel, squares, mask=keep_channel)
 
@@ -123,16 +126,16 @@ def _sums(
     s_vg = tl.zeros([BC], tl.float32)
     for tile in range(split * tiles_a_split, tl.minimum((split + 1) * tiles_a_split, tl.cdiv(pixels, BP))):
         pixel = tile * BP + tl.arange(0, BP)
-        keep = (pixel < pixels)[:, None] & keep_channel[None, :]
-        x = _tile(x_ptr, n, x_n, x_c, x_p, channel, pixel, keep) - mean[None, :]  # grad and v are 0 where it is none
+        keep = keep_channel[:, None] & (pixel < pixels)[None, :]
+        x = _tile(x_ptr, n, x_n, x_c, x_p, channel, pixel, keep) - mean[:, None]  # grad and v are 0 where it is none
         grad = _tile(grad_ptr, n, grad_n, grad_c, grad_p, channel, pixel, keep)
-        s_g += tl.sum(grad, 0)
-        s_gx += tl.sum(grad * x, 0)
+        s_g += tl.sum(grad, 1)
+        s_gx += tl.sum(grad * x, 1)
         if HAS_V:
             v = _tile(v_ptr, n, v_n, v_c, v_p, channel, pixel, keep)
-            s_v += tl.sum(v, 0)
-            s_vx += tl.sum(v * x, 0)
-            s_vg += tl.sum(v * grad, 0)
+            s_v += tl.sum(v, 1)
+            s_vx += tl.sum(v * x, 1)
+            s_vg += tl.sum(v * grad, 1)
     part = parts_ptr + (n * splits + split).to(tl.int64) * channels + channel
     tl.store(part, s_g, mask=keep_channel)
     tl.store(part + step, s_gx, mask=keep_channel)
@@ -144,7 +147,7 @@ def _sums(
 
 @triton.jit
 def _plane(ptr, n, image, channel, keep):
-    return tl.load(ptr + n.to(tl.int64) * image + channel, mask=keep, other=0)[None, :]  # [1, BC]
+    return tl.load(ptr + n.to(tl.int64) * image + channel, mask=keep, other=0)[:, None]  # [BC, 1]
 
 
 @triton.jit
@@ -157,8 +160,8 @@ def _combine(
     n, channel, tile = _program(channels, tiles, BC)
     pixel = tile * BP + tl.arange(0, BP)
     keep_channel = channel < channels
-    keep = (pixel < pixels)[:, None] & keep_channel[None, :]
-    out = tl.zeros([BP, BC], tl.float32) + _plane(offset_ptr, n, offset_image, channel, keep_channel)
+    keep = keep_channel[:, None] & (pixel < pixels)[None, :]
+    out = tl.zeros([BC, BP], tl.float32) + _plane(offset_ptr, n, offset_image, channel, keep_channel)
     if HAS_A:
         a = _tile(a_ptr, n, a_n, a_c, a_p, channel, pixel, keep)
         out += _plane(a_weight, n, a_image, channel, keep_channel) * a
@@ -167,9 +170,9 @@ def _combine(
         out += _plane(b_weight, n, b_image, channel, keep_channel) * b
     if HAS_X:
         x = _tile(x_ptr, n, x_n, x_c, x_p, channel, pixel, keep)
-        x -= tl.load(mean_ptr + channel, mask=keep_channel, other=0)[None, :]
+        x -= tl.load(mean_ptr + channel, mask=keep_channel, other=0)[:, None]
         out += _plane(x_weight, n, x_image, channel, keep_channel) * x
-    place = channel.to(tl.int64)[None, :] * out_c + pixel.to(tl.int64)[:, None] * out_p
+    place = channel.to(tl.int64)[:, None] * out_c + pixel.to(tl.int64)[None, :] * out_p
     tl.store(out_ptr + n.to(tl.int64) * out_n + place, out.to(out_ptr.dtype.element_ty), mask=keep)
 
 
@@ -192,16 +195,14 @@ def moments(x: Tensor, last: bool) -> Tensor:
     n, channels, pixels = _images.shape(x)
     grid = _grid(x, last)
     n_parts, step = n * grid.splits, n * grid.splits * channels
-    parts = torch.empty(3, n_parts, channels, dtype=torch.float32, device=x.device)
+    parts = torch.empty(4, n_parts, channels, dtype=torch.float32, device=x.device)
     out = torch.empty(2, channels, dtype=torch.float32, device=x.device)
     strides = _strides(x, last)
     with _device(x):
         _moments[(grid.programs,)](
             x, parts, step, channels, pixels, grid.splits, grid.tiles_a_split, *strides, **grid.block, num_warps=4
         )
-        _merge[(triton.cdiv(channels, 16),)](
-            x, parts, out, n_parts, step, channels, strides[1], BR=128, BC=16, num_warps=4
-        )
+        _merge[(triton.cdiv(channels, 16),)](parts, out, n_parts, step, channels, BR=128, BC=16, num_warps=4)
     return out
 
 
@@ -213,15 +214,13 @@ def sums(v: Tensor | None, grad: Tensor, x: Tensor, mean: Tensor, last: bool) ->
     strides = [s for t in (grad if v is None else v, grad, x) for s in _strides(t, last)]
     with _device(x):
         _sums[(grid.programs,)](
-            grad if v is None else v, grad, x, mean, parts, n_parts * channels, channels, pixels, grid.splits, grid.tiles_a_split,
-            *strides, HAS_V=v is not None, **grid.block, num_warps=4,
+            grad if v is None else v, grad, x, mean, parts, n_parts * channels, channels, pixels, grid.splits,
+            grid.tiles_a_split, *strides, HAS_V=v is not None, **grid.block, num_warps=4,
         )  # fmt: skip
     return parts if grid.splits == 1 else parts.view(count, n, grid.splits, channels).sum(2)
 
 
-def combine(
-    out: Tensor, others: Sequence[Term], x: Term | None, mean: Tensor, offset: Tensor, last: bool
-) -> None:
+def combine(out: Tensor, others: Sequence[Term], x: Term | None, mean: Tensor, offset: Tensor, last: bool) -> None:
     _, channels, pixels = _images.shape(out)
     grid = _grid(out, last, split_all=True)
     unused = out, mean
