@@ -28,19 +28,24 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         yield launched
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+SHAPES = [
+    ((8, 1536, 4, 4), torch.contiguous_format),  # BigGAN's first layer
+    ((8, 96, 128, 128), torch.contiguous_format),  # and its last
+    ((8, 192, 64, 64), torch.channels_last),
+]
+ODD_SHAPES = [
+    ((3, 5, 7, 9), torch.contiguous_format),  # divides nothing
+    ((3, 1, 1, 1), torch.contiguous_format),  # sizes of 1 are constants to Triton
+]
+
+
 @pytest.mark.parametrize(
-    ("shape", "memory_format"),
-    [
-        ((8, 1536, 4, 4), torch.contiguous_format),  # BigGAN's first layer
-        ((8, 96, 128, 128), torch.contiguous_format),  # and its last
-        ((8, 192, 64, 64), torch.channels_last),
-        ((3, 5, 7, 9), torch.contiguous_format),  # divides nothing
-        ((3, 1, 1, 1), torch.contiguous_format),  # sizes of 1 are constants to Triton
-    ],
+    ("compiled", "shape", "memory_format", "dtype"),
+    [(arch, *shape, dtype) for arch in (80, 90, 100) for shape in SHAPES for dtype in (torch.float32, torch.bfloat16)]
+    + [(90, *shape, torch.float32) for shape in ODD_SHAPES],
+    indirect=["compiled"],
     ids=str,
 )
-@pytest.mark.parametrize("compiled", [80, 90, 100], indirect=True)
 def test_resources(
     compiled: Compiled,
     shape: tuple[int, ...],

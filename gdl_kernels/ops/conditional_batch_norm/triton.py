@@ -22,7 +22,7 @@ from ... import _images
 from .passes import Term
 
 #: Elements of a tile: with four warps a thread loads 16 of each tensor, in four instructions of 16 bytes for float32.
-#: Chosen so that nothing spills; not yet timed on any GPU.
+#: Sums of three tensors' products take half a tile, for on sm_80 the whole spills. Not yet timed on any GPU.
 TILE = 2048
 
 #: Channels of a tile where they are last: 16-bit numbers fill whole cache lines.
@@ -51,8 +51,8 @@ def _moments(
     x_ptr, parts_ptr, step, channels, pixels, splits, tiles_a_split, stride_n, stride_c, stride_p,
     BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    # parts [4, parts, C], in steps of step: count; a shift, the first tile's mean as it is rounded; mean less shift; sum
-    # of squares about the mean. So means keep the digits that deviations have, and nothing that cancels is squared.
+    # parts [4, parts, C], in steps of step: count; a shift, the first tile's mean as it is rounded; mean less shift;
+    # sum of squares about the mean. So means keep the digits that deviations have, and nothing that cancels is squared.
     n, channel, split = _program(channels, splits, BC)
     keep_channel = channel < channels
     count = 0.0
@@ -193,7 +193,7 @@ class _Grid(NamedTuple):
 
 def moments(x: Tensor, last: bool) -> Tensor:
     n, channels, pixels = _images.shape(x)
-    grid = _grid(x, last)
+    grid = _grid(x, last, TILE)
     n_parts, step = n * grid.splits, n * grid.splits * channels
     parts = torch.empty(4, n_parts, channels, dtype=torch.float32, device=x.device)
     out = torch.empty(2, channels, dtype=torch.float32, device=x.device)
@@ -208,7 +208,7 @@ def moments(x: Tensor, last: bool) -> Tensor:
 
 def sums(v: Tensor | None, grad: Tensor, x: Tensor, mean: Tensor, last: bool) -> Tensor:
     n, channels, pixels = _images.shape(x)
-    grid = _grid(x, last)
+    grid = _grid(x, last, TILE if v is None else TILE // 2)
     n_parts, count = n * grid.splits, 2 if v is None else 5
     parts = torch.empty(count, n_parts, channels, dtype=torch.float32, device=x.device)
     strides = [s for t in (grad if v is None else v, grad, x) for s in _strides(t, last)]
@@ -222,7 +222,7 @@ def sums(v: Tensor | None, grad: Tensor, x: Tensor, mean: Tensor, last: bool) ->
 
 def combine(out: Tensor, others: Sequence[Term], x: Term | None, mean: Tensor, offset: Tensor, last: bool) -> None:
     _, channels, pixels = _images.shape(out)
-    grid = _grid(out, last, split_all=True)
+    grid = _grid(out, last, TILE, split_all=True)
     unused = out, mean
     terms = [*others, *[unused] * (2 - len(others)), x or unused]
     weights = [weight.contiguous() for weight in (*(weight for _, weight in terms), offset)]
@@ -235,15 +235,15 @@ def combine(out: Tensor, others: Sequence[Term], x: Term | None, mean: Tensor, o
         )  # fmt: skip
 
 
-def _grid(x: Tensor, last: bool, split_all: bool = False) -> _Grid:
+def _grid(x: Tensor, last: bool, tile: int, split_all: bool = False) -> _Grid:
     """How to cut an image: among enough programs to fill the GPU, or with ``split_all`` a tile to each."""
     n, channels, pixels = _images.shape(x)
     if last:
         bc = min(triton.next_power_of_2(channels), CHANNELS_LAST)
-        bp = min(triton.next_power_of_2(pixels), TILE // bc)
+        bp = min(triton.next_power_of_2(pixels), tile // bc)
     else:
-        bp = min(triton.next_power_of_2(pixels), TILE)
-        bc = min(triton.next_power_of_2(channels), TILE // bp)
+        bp = min(triton.next_power_of_2(pixels), tile)
+        bc = min(triton.next_power_of_2(channels), tile // bp)
     planes, tiles = n * triton.cdiv(channels, bc), triton.cdiv(pixels, bp)
     wanted = tiles if split_all else min(tiles, triton.cdiv(PROGRAMS * _multiprocessors(x.device), planes))
     tiles_a_split = triton.cdiv(tiles, wanted)
