@@ -48,7 +48,7 @@ SHAPES = [
     (4, 24, 4, 4),  # BigGAN's first layer: a task has several planes
     (3, 5, 7, 9),  # divides nothing
     (2, 3, 70, 65),  # more than a tile, planar and with channels last; the last is not full
-    (2, 600, 3, 3),  # more channels than a task has planes, or a strip has
+    (2, 480, 3, 3),  # more channels than a task has planes, or a strip has
     (3, 6, 1, 1),  # 1x1 maps
     (12, 17),  # no pixels
     (3, 1, 50),  # one channel: the line of a channels-last tensor has one element
@@ -189,6 +189,8 @@ def test_each_row_is_batch_norm_with_its_own_gain(backend: str) -> None:
 @pytest.mark.parametrize("shape", [(4, 5, 24, 24), (2, 9, 70, 65)], ids=str)
 @for_each_kernel
 def test_statistics_do_not_cancel(kernel: Kernel, shape: tuple[int, ...], memory: str) -> None:
+    if INTERPRETING and shape[1] == 9:
+        pytest.skip("in the interpreter one shape stands for both")
     backend, device = kernel
     tensors = case(shape, torch.float32, device)
     tensors[0] = MEMORY[memory](torch.randn(shape, device=device) + 1e4)
@@ -286,7 +288,7 @@ def test_empty(backend: str, shape: tuple[int, ...], training: bool) -> None:
     assert torch.equal(var, tensors[4])
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("bad", [torch.inf] if INTERPRETING else [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("memory", ["contiguous", "channels last"])
 @for_each_mode
 @for_each_kernel
