@@ -4,6 +4,7 @@ from . import layouts, nn
 from ._backends import available_backends, backend, explain
 from .ops.adain import adain
 from .ops.adain_from_style import adain_from_style
+from .ops.conditional_batch_norm import conditional_batch_norm
 from .ops.minibatch_stddev import minibatch_stddev
 from .ops.pixel_norm import pixel_norm
 from .ops.sparse_attention import sparse_attention
@@ -17,6 +18,7 @@ __all__ = [
     "adain_from_style",
     "available_backends",
     "backend",
+    "conditional_batch_norm",
     "explain",
     "layouts",
     "merge_attention",
