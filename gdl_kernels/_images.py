@@ -68,6 +68,16 @@ def cuda_reasons(x: Tensor, *_: Any, **__: Any) -> list[str]:
     return reasons
 
 
+def triton_reasons(x: Tensor, *_: Any, **__: Any) -> list[str]:
+    """Why the Triton kernels can't."""
+    reasons = _native.missing("triton")
+    if x.device.type != "cuda" and not (_native.interpreting() and x.device.type == "cpu"):
+        reasons.append(f"x is on {x.device}")
+    if x.dtype == torch.float64:
+        reasons.append("x is float64")
+    return reasons
+
+
 def lines(x: Tensor, last: bool) -> Lines:
     """The tensor itself where it has the lines that are asked for, else a copy that has."""
     pixel = _pixel_stride(x)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _backends, _images, _native
+from ... import _backends, _images
 from ..._registration import register
 from . import cpu, reference
 
@@ -19,11 +19,7 @@ MAX_GROUP = 1024
 
 
 def _triton_reasons(x: Tensor, *, group_size: int = 4, **_: Any) -> list[str]:
-    reasons = _native.missing("triton")
-    if x.device.type != "cuda" and not (_native.interpreting() and x.device.type == "cpu"):
-        reasons.append(f"x is on {x.device}")
-    if x.dtype == torch.float64:
-        reasons.append("x is float64")
+    reasons = _images.triton_reasons(x)
     if min(group_size, x.shape[0]) > MAX_GROUP:
         reasons.append(f"a group has more than {MAX_GROUP} samples")
     return reasons
