@@ -27,7 +27,8 @@ struct Backward {
   Epilogue<V, W, kActive> epilogue;
   Batch batch;
   float values[2][K][V];  // g and u
-  float mean[W], rstd[W], factor[W], mean_g[W], mean_gh[W];
+  float mean[W], rstd[W];
+  float of_one[W], of_g[W], of_h[W];  // what dx, but for M, is made of
 
   __device__ Backward(const Arguments& arguments, const Split& split, const Place& place)
       : arguments(arguments),
@@ -78,12 +79,12 @@ struct Backward {
   }
 
   __device__ void settle(const Totals& totals, bool leads) {
-    read_planes<W>(arguments.modulation.scale, plane, factor);
+    read_planes<W>(arguments.modulation.scale, plane, of_g);
 #pragma unroll
     for (int w = 0; w < W; ++w) {
-      factor[w] *= rstd[w];
-      mean_g[w] = totals.a[w] * per_pixel;
-      mean_gh[w] = totals.b[w] * per_pixel;
+      of_g[w] *= rstd[w];
+      of_one[w] = -of_g[w] * totals.a[w] * per_pixel;
+      of_h[w] = -of_g[w] * totals.b[w] * per_pixel;
     }
     if (!leads) return;
     write_planes<W>(totals.a, plane, arguments.gradients.shift);
@@ -99,7 +100,8 @@ struct Backward {
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const int w = plane_of<W>(j);
-        out[j] = epilogue.derivative(u(k, j)) * factor[w] * (g(k, j) - mean_g[w] - normalised(k, j) * mean_gh[w]);
+        // g - m_g by itself would round the same way for all g of a size, and that adds up in dbias.
+        out[j] = fmaf(of_g[w], g(k, j), fmaf(of_h[w], normalised(k, j), of_one[w])) * epilogue.derivative(u(k, j));
       }
       store(dx.at(batch.at(k)), narrow<T>(out));
       if constexpr (kActive) epilogue.add_gradients(batch.at(k), out, after);

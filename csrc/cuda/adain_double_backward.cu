@@ -44,9 +44,9 @@ struct DoubleBackward {
   Epilogue<V, W, kActive> epilogue;
   Batch batch;
   float values[3][K][V];  // w, g and u
-  float mean[W], rstd[W], mean_w[W], mean_g[W];
-  // Of what grad_grad and grad_x are made of.
-  float gg_w[W], gg_h[W], gg_shift[W], gx_w[W], gx_g[W], gx_h[W];
+  float mean[W], rstd[W];
+  // What grad_grad, and grad_x but for M, are made of.
+  float gg_one[W], gg_w[W], gg_h[W], gx_one[W], gx_w[W], gx_g[W], gx_h[W];
 
   __device__ DoubleBackward(const Arguments& arguments, const Split& split, const Place& place)
       : arguments(arguments),
@@ -129,18 +129,18 @@ struct DoubleBackward {
     float grad_scale[W];
     read_planes<W>(arguments.modulation.scale, plane, gg_w);
     read_planes<W>(arguments.directions.scale, plane, gg_h);
-    read_planes<W>(arguments.directions.shift, plane, gg_shift);
+    read_planes<W>(arguments.directions.shift, plane, gg_one);
 #pragma unroll
     for (int p = 0; p < W; ++p) {
       const float mean_wh = totals.w_h_g_h.a[p] * per_pixel, mean_gh = totals.w_h_g_h.b[p] * per_pixel;
       const float k = totals.w_g.products[p] * per_pixel - mean_wh * mean_gh;
-      mean_w[p] = totals.w_g.mean_a[p];
-      mean_g[p] = totals.w_g.mean_b[p];
       gg_w[p] *= rstd[p];
       gg_h[p] -= gg_w[p] * mean_wh;
       gx_w[p] = -gg_w[p] * rstd[p] * mean_gh;
       gx_g[p] = rstd[p] * gg_h[p];
       gx_h[p] = rstd[p] * (gg_w[p] * (mean_gh * mean_wh - k) - mean_gh * gg_h[p]);
+      gg_one[p] -= gg_w[p] * totals.w_g.mean_a[p];
+      gx_one[p] = -gx_w[p] * totals.w_g.mean_a[p] - gx_g[p] * totals.w_g.mean_b[p];
       grad_scale[p] = rstd[p] * (totals.w_g.products[p] - mean_wh * totals.w_h_g_h.b[p]);
     }
     if (!leads) return;
@@ -156,13 +156,13 @@ struct DoubleBackward {
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const int p = plane_of<W>(j);
-        out[j] = gg_w[p] * (w(k, j) - mean_w[p]) + gg_h[p] * normalised(k, j) + gg_shift[p];
+        out[j] = fmaf(gg_w[p], w(k, j), fmaf(gg_h[p], normalised(k, j), gg_one[p]));
       }
       store(grad_grad.at(batch.at(k)), narrow<T>(out));
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const int p = plane_of<W>(j);
-        out[j] = gx_w[p] * (w(k, j) - mean_w[p]) + gx_g[p] * (g(k, j) - mean_g[p]) + gx_h[p] * normalised(k, j);
+        out[j] = fmaf(gx_w[p], w(k, j), fmaf(gx_g[p], g(k, j), fmaf(gx_h[p], normalised(k, j), gx_one[p])));
         out[j] *= epilogue.derivative(u(k, j));
       }
       store(grad_x.at(batch.at(k)), narrow<T>(out));

@@ -207,7 +207,7 @@ __device__ void move_values(float (&values)[kArrays][K][V], float* shared, int r
 }
 
 template <typename Pass>
-__global__ void __launch_bounds__(Pass::kCapacity.threads)
+__global__ void __launch_bounds__(Pass::kCapacity.threads, 1)
     adain_pass(const __grid_constant__ typename Pass::Arguments arguments, Images images, Split split, Chunks chunks,
                Step step) {
   using Totals = typename Pass::Totals;

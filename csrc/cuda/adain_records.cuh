@@ -16,9 +16,15 @@ __device__ float& word(Record& record, int i) {
   return reinterpret_cast<float*>(&record)[i];
 }
 
+// Rounded but for the last bit, and without the slow path that division has for what no count is.
+__device__ inline float divide(float a, float count) {
+  const float inverse = __fdividef(1.0f, count), quotient = a * inverse;
+  return fmaf(fmaf(-quotient, count, a), inverse, quotient);
+}
+
 // The share that the second of two counts has in both. Exact where one of them is zero, so that a mean is not rounded.
 __device__ inline float second_share(float first, float second) {
-  return first > 0 ? __fdividef(second, first + second) : 1.0f;
+  return first > 0 ? divide(second, first + second) : 1.0f;
 }
 
 // Means and sums of squared deviations, of W planes: merged by Chan's formula, in which nothing cancels.
@@ -29,7 +35,7 @@ struct Moments {
   // Sums become means.
   __device__ void divide_by_count() {
 #pragma unroll
-    for (int w = 0; w < W; ++w) mean[w] = count > 0 ? __fdividef(mean[w], count) : 0.0f;
+    for (int w = 0; w < W; ++w) mean[w] = count > 0 ? divide(mean[w], count) : 0.0f;
   }
 
   __device__ void add(const Moments& other) {
@@ -52,8 +58,8 @@ struct Comoments {
   __device__ void divide_by_count() {
 #pragma unroll
     for (int w = 0; w < W; ++w) {
-      mean_a[w] = count > 0 ? __fdividef(mean_a[w], count) : 0.0f;
-      mean_b[w] = count > 0 ? __fdividef(mean_b[w], count) : 0.0f;
+      mean_a[w] = count > 0 ? divide(mean_a[w], count) : 0.0f;
+      mean_b[w] = count > 0 ? divide(mean_b[w], count) : 0.0f;
     }
   }
 
