@@ -9,19 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _backends, _images, _native
+from ... import _backends, _images
 from ..._arguments import sum_dtype
 from ..._registration import register
 from . import passes, reference
-
-
-def _triton_reasons(x: Tensor, *_: Any, **__: Any) -> list[str]:
-    reasons = _native.missing("triton")
-    if x.device.type != "cuda" and not (_native.interpreting() and x.device.type == "cpu"):
-        reasons.append(f"x is on {x.device}")
-    if x.dtype == torch.float64:
-        reasons.append("x is float64")
-    return reasons
 
 
 def _examples() -> Iterator[_backends.Example]:
@@ -38,7 +29,7 @@ def _examples() -> Iterator[_backends.Example]:
         yield _backends.Example(f"{name}, evaluation", (x, gain, bias, *running), {"training": False})
 
 
-choices = _backends.add_op("conditional_batch_norm", {"cpu": _images.cpu_reasons, "triton": _triton_reasons}, _examples)
+choices = _backends.add_op("conditional_batch_norm", {"cpu": _images.cpu_reasons, "triton": _images.triton_reasons}, _examples)
 
 
 def _outputs(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
