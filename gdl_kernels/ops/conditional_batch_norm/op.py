@@ -29,7 +29,9 @@ def _examples() -> Iterator[_backends.Example]:
         yield _backends.Example(f"{name}, evaluation", (x, gain, bias, *running), {"training": False})
 
 
-choices = _backends.add_op("conditional_batch_norm", {"cpu": _images.cpu_reasons, "triton": _images.triton_reasons}, _examples)
+choices = _backends.add_op(
+    "conditional_batch_norm", {"cpu": _images.cpu_reasons, "triton": _images.triton_reasons}, _examples
+)
 
 
 def _outputs(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
