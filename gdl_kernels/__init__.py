@@ -5,6 +5,7 @@ from ._backends import available_backends, backend, explain
 from .ops.pixel_norm import pixel_norm
 from .ops.sparse_attention import sparse_attention
 from .ops.sparse_attention.merge import merge_attention
+from .ops.spectral_normalize import spectral_normalize
 
 __version__ = "0.1.0"
 
@@ -17,4 +18,5 @@ __all__ = [
     "nn",
     "pixel_norm",
     "sparse_attention",
+    "spectral_normalize",
 ]
