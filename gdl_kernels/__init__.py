@@ -2,6 +2,8 @@
 
 from . import layouts, nn
 from ._backends import available_backends, backend, explain
+from .nn.spectral_norm import spectral_norm
+from .nn.spectral_norm_all import remove_spectral_norm_all, spectral_norm_all
 from .ops.pixel_norm import pixel_norm
 from .ops.sparse_attention import sparse_attention
 from .ops.sparse_attention.merge import merge_attention
@@ -17,6 +19,9 @@ __all__ = [
     "merge_attention",
     "nn",
     "pixel_norm",
+    "remove_spectral_norm_all",
     "sparse_attention",
+    "spectral_norm",
+    "spectral_norm_all",
     "spectral_normalize",
 ]
