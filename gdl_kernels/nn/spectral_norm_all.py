@@ -100,6 +100,9 @@ def remove_spectral_norm_all(root: RootT, *, leave_parametrized: bool = True) ->
     for module in list(root.modules()):
         for name, parametrization in list(getattr(module, "parametrizations", {}).items()):
             if any(isinstance(p, SpectralNorm) for p in parametrization):
+                # A deep copy shares the class that holds the weight's property, and would lose it with this module.
+                own = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__")}
+                module.__class__ = type(type(module).__name__, type(module).__bases__, own)
                 parametrize.remove_parametrizations(module, name, leave_parametrized)
     hooks = _hooks(root)
     if hooks is not None:
