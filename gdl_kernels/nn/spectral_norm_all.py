@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
@@ -41,18 +40,18 @@ def spectral_norm_all(
 ) -> RootT:
     """Give every layer of a network spectral norm, and compute all of them together.
 
-    Each ``Linear``, ``Conv1d`` to ``3d``, ``ConvTranspose1d`` to ``3d`` and ``Embedding`` at or below ``root`` gets what
-    :func:`spectral_norm` gives it; BigGAN's shared class embedding is one to ``skip``. The state dict is the same.
+    Each ``Linear``, ``Conv1d`` to ``3d``, ``ConvTranspose1d`` to ``3d`` and ``Embedding`` at or below ``root`` gets
+    what :func:`spectral_norm` gives it; BigGAN's shared class embedding is one to ``skip``. The state dict is the same.
 
     When ``root`` is called, before its ``forward``, one call of :func:`spectral_normalize` computes the weights of all
-    layers at or below it that have our spectral norm at that moment: also of such as were put there since. They are
-    kept until ``root`` returns. So a layer that is used twice in a forward pass takes one step of the power method, where
+    layers below it that have our spectral norm at that moment: also of such as were put there since. They are kept
+    until ``root`` returns. So a layer that is used twice in a forward pass takes one step of the power method, where
     torch's takes two, and a layer that is not used takes one as well. A weight that is read at any other time is
-    computed by itself, as :func:`spectral_norm` does it, except that during a backward pass it takes no step: it is then
-    activation checkpointing that computes the forward pass again.
+    computed by itself, as :func:`spectral_norm` does it, except that during a backward pass it takes no step: it is
+    then activation checkpointing that computes the forward pass again.
 
     Args:
-        root: the network. It is changed. May be wrapped afterwards, by ``DistributedDataParallel`` or ``torch.compile``.
+        root: the network. It is changed. ``DistributedDataParallel`` or ``torch.compile`` may be put around it.
         semantics: ``"torch"``: a step computes u, then v; in eval mode there is none. ``"biggan"``: v, then u; in eval
             mode each forward pass takes one step from the u that is stored, and does not store it.
         n_power_iterations: positive.

@@ -415,8 +415,8 @@ def test_removal_undoes_all() -> None:
 def test_what_is_normalised() -> None:
     net = nn.ModuleDict(
         {
-            "linear": nn.Linear(2, 3), "conv": nn.Conv1d(2, 3, 1), "norm": nn.BatchNorm1d(3), "embed": nn.Embedding(4, 2),
-            "shared": nn.Embedding(4, 2), "skipped": nn.Sequential(nn.Linear(2, 2)),
+            "linear": nn.Linear(2, 3), "conv": nn.Conv1d(2, 3, 1), "norm": nn.BatchNorm1d(3),
+            "embed": nn.Embedding(4, 2), "shared": nn.Embedding(4, 2), "skipped": nn.Sequential(nn.Linear(2, 2)),
         }
     )  # fmt: skip
 

@@ -118,15 +118,22 @@ def check(weights: list[Tensor], backend: str, ulps: int = 2, **options: Any) ->
 # In every dtype as they mostly are; in other memory one dtype that is narrower than its sums.
 CASES = [("contiguous", dtype) for dtype in DTYPES] + [(memory, torch.bfloat16) for memory in list(MEMORY)[1:]]
 
+INTERPRETED = [
+    ("contiguous", torch.float32), ("contiguous", torch.float16), ("transposed", torch.bfloat16),
+    ("row's dimensions last first", torch.bfloat16), ("not aligned", torch.bfloat16),
+]  # fmt: skip
+
 
 @pytest.mark.parametrize(("memory", "dtype"), CASES, ids=str)
 @pytest.mark.parametrize("semantics", op.SEMANTICS)
 @for_each_kernel
 def test_as_accurate_as_plain_pytorch(kernel: Kernel, semantics: str, memory: str, dtype: torch.dtype) -> None:
     backend, device = kernel
+    if INTERPRETING and (memory, dtype) not in INTERPRETED:
+        pytest.skip("the interpreter takes seconds a case")
     weights = [MEMORY[memory](w) for w in matrices(SHAPES, dtype, device)]
-    for n_power_iterations in (1, 3, 0):
-        # On a matrix of a few elements plain PyTorch is exact by luck, and a sigma of random vectors is a sum that cancels.
+    for n_power_iterations in (2, 0) if INTERPRETING else (1, 3, 0):
+        # With a few elements plain PyTorch is exact by luck; a sigma of random vectors is a sum that cancels.
         ulps = 64 if n_power_iterations == 0 else 8
         check(weights, backend, ulps, semantics=semantics, n_power_iterations=n_power_iterations)
 
@@ -143,7 +150,7 @@ def test_triton_kernels_in_their_interpreter() -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) >= 2 * len(CASES)
+    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) >= 2 * len(INTERPRETED)
 
 
 @for_each_kernel
@@ -286,9 +293,7 @@ def test_two_forwards_before_a_backward(kernel: Kernel) -> None:
     weights = [w.requires_grad_() for w in matrices([(9, 20), (8, 3, 3)], torch.float32, device)]
     us, vs = vectors(weights)
     cotangents = matrices([(9, 20), (8, 3, 3)], torch.float32, device)
-    alone = torch.autograd.grad(
-        spectral_normalize(weights, us, vs, update=False, backend=backend), weights, cotangents
-    )
+    alone = torch.autograd.grad(spectral_normalize(weights, us, vs, update=False, backend=backend), weights, cotangents)
     first = spectral_normalize(weights, us, vs, backend=backend)
     spectral_normalize(weights, us, vs, backend=backend)
     assert all(map(torch.equal, torch.autograd.grad(first, weights, cotangents), alone))
@@ -351,7 +356,8 @@ def test_second_gradient_of_each_dtype(kernel: Kernel, dtype: torch.dtype) -> No
         first = torch.autograd.grad(out, leaves[:2], leaves[2:], create_graph=True)
         return torch.autograd.grad(first, leaves, [c.to(dtype) for c in cotangents])
 
-    for ours, plain, exact in zip(second(backend, dtype), second("reference", dtype), second("reference", torch.float64)):
+    runs = (backend, dtype), ("reference", dtype), ("reference", torch.float64)
+    for ours, plain, exact in zip(*(second(*run) for run in runs)):
         assert_accurate(ours, plain, exact, ulps=16)
 
 
@@ -485,7 +491,7 @@ def test_backend_is_chosen_and_explained() -> None:
     assert verdicts["reference"] == "can"
     assert verdicts["cuda"] == "spectral_normalize has no cuda kernel"
     assert "weights are on cpu" in verdicts["triton"]
-    with pytest.raises(RuntimeError, match=r"backend 'triton' can't serve this spectral_normalize.*weights are float64"):
+    with pytest.raises(RuntimeError, match=r"backend 'triton' can't serve this.*weights are float64"):
         spectral_normalize(matrices([(4, 5)], torch.float64), us, vs, backend="triton")
 
 
@@ -527,7 +533,7 @@ ONES, LEFT, RIGHT = torch.ones(2, 3), torch.ones(2), torch.ones(3)
             ([ONES, ONES.to("meta")], [LEFT] * 2, [RIGHT] * 2), {},
             ValueError, "weights must be on one device, got cpu and, at 1, meta",
         ),
-        (([ONES], [LEFT.to("meta")], [RIGHT]), {}, ValueError, r"us\[0\] must be on cpu, where its weight is, got meta"),
+        (([ONES], [LEFT.to("meta")], [RIGHT]), {}, ValueError, r"us\[0\] must be on cpu, where.*got meta"),
         (([ONES], [LEFT], [RIGHT]), {"n_power_iterations": -1}, ValueError, "n_power_iterations must not be negative"),
         (([ONES], [LEFT], [RIGHT]), {"n_power_iterations": 1.0}, TypeError, "n_power_iterations must be an integer"),
         (([ONES], [LEFT], [RIGHT]), {"eps": -1e-9}, ValueError, "eps must be finite and not negative, got -1e-09"),

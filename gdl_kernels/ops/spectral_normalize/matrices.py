@@ -45,7 +45,7 @@ def matrix(weight: Tensor) -> Matrix:
     if weight.is_contiguous():
         return Matrix(weight, 1, weight.shape[0], columns, None)
     # From the outermost in. Where one of size 1 comes makes no difference.
-    dimensions = sorted(range(weight.dim()), key=lambda d: -weight.stride(d))
+    dimensions = sorted(range(weight.dim()), key=lambda d: -weight.stride()[d])
     if not _is_dense(weight, dimensions):
         return matrix(torch.empty_like(weight).copy_(weight))
     rows_at = dimensions.index(0)

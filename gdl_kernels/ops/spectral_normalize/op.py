@@ -98,9 +98,7 @@ def _gradient(ctx: Any, grads: list[Tensor | None], *_: Any) -> tuple[Any, ...]:
     if wanted:
         if len(wanted) < count:
             sigmas = torch.stack([sigmas[i] for i in wanted])
-        computed = backward(
-            *([column[i] for i in wanted] for column in (grads, weights, us, vs)), sigmas, ctx.backend
-        )
+        computed = backward(*([column[i] for i in wanted] for column in (grads, weights, us, vs)), sigmas, ctx.backend)
         for i, grad_weight in zip(wanted, computed):
             grad_weights[i] = grad_weight
     return grad_weights, [None] * count, [None] * count, None, None, None, None

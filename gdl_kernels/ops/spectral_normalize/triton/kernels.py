@@ -1,7 +1,7 @@
 """The Triton kernels: every program takes a piece of work of one matrix, found in tables.
 
-``shapes`` has a line of SHAPE numbers for each matrix: outer, rows, inner; where its sums begin, how many blocks of rows
-they are of; its first piece, how many it has. ``addresses`` has a line of ADDRESSES. Both are int64.
+``shapes`` has a line of SHAPE numbers for each matrix: outer, rows, inner; where its sums begin, how many blocks of
+rows they are of; its first piece, how many it has. ``addresses`` has a line of ADDRESSES. Both are int64.
 """
 
 from __future__ import annotations
@@ -18,11 +18,17 @@ GRAD, GRAD_WEIGHT = tl.constexpr(4), tl.constexpr(1)
 
 
 @triton.jit
+def _shape(shapes, matrix):
+    line = shapes + matrix * SHAPE
+    return tl.load(line), tl.load(line + 1), tl.load(line + 2)  # outer, rows, inner
+
+
+@triton.jit
 def _pointer(addresses, matrix, WHICH: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    address = tl.load(addresses + matrix * ADDRESSES + WHICH)
+    pointer = tl.load(addresses + matrix * ADDRESSES + WHICH).to(tl.pointer_type(DTYPE))
     if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    return address.to(tl.pointer_type(DTYPE))
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit
@@ -41,15 +47,17 @@ def _products(
     shapes, addresses, work, sums, LEFT: tl.constexpr, RIGHT: tl.constexpr, DOTS: tl.constexpr, SUMS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr, CONTIGUOUS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    # DOTS: s = W v. SUMS: for this block of rows t = W' f, of f = s or without DOTS of f = u. A program owns a block and
-    # takes ROWS of it at a time: few enough that the L2 still has them when t reads them again.
+    # DOTS: s = W v. SUMS: for this block of rows t = W' f, of f = s or without DOTS of f = u. A program owns a block
+    # and takes ROWS of it at a time: few enough that the L2 still has them when t reads them again.
     item = tl.program_id(0)
     matrix, first = tl.load(work + item * 4), tl.load(work + item * 4 + 1)
     end, begin = tl.load(work + item * 4 + 2), tl.load(work + item * 4 + 3)
-    outer, n_rows, inner = (tl.load(shapes + matrix * SHAPE + i) for i in tl.static_range(3))
+    outer, n_rows, _inner = _shape(shapes, matrix)
+    inner = tl.load(shapes + matrix * SHAPE + 2)  # what a call returns can't be said to be a multiple
+    n_columns = outer * inner
     if ALIGNED:
         inner = tl.multiple_of(inner, 16)
-    n_columns = outer * inner
+        n_columns = tl.multiple_of(n_columns, 16)
     weight = _pointer(addresses, matrix, WEIGHT, DTYPE, ALIGNED)
     u = _pointer(addresses, matrix, LEFT, tl.float32, False)
     v = _pointer(addresses, matrix, RIGHT, tl.float32, False)
@@ -82,7 +90,8 @@ def _merge(shapes, addresses, strips, sums, STRIP: tl.constexpr, BLOCKS: tl.cons
     # t of a strip of columns: the sums of a matrix's blocks, in their order.
     item = tl.program_id(0)
     matrix, first = tl.load(strips + item * 2), tl.load(strips + item * 2 + 1)
-    outer, _rows, inner, begin, n_blocks = (tl.load(shapes + matrix * SHAPE + i) for i in tl.static_range(5))
+    outer, _rows, inner = _shape(shapes, matrix)
+    begin, n_blocks = tl.load(shapes + matrix * SHAPE + 3), tl.load(shapes + matrix * SHAPE + 4)
     columns = first + tl.arange(0, STRIP)
     inside = columns < outer * inner
     total = tl.zeros([BLOCKS, STRIP], tl.float32)
@@ -121,7 +130,7 @@ def _finish(
 ):
     # From s in new_u and t in new_v to vectors of length 1, and sigma = u' W v. A program owns a matrix.
     matrix = tl.program_id(0)
-    outer, n_rows, inner = (tl.load(shapes + matrix * SHAPE + i) for i in tl.static_range(3))
+    outer, n_rows, inner = _shape(shapes, matrix)
     n_columns = outer * inner
     s = _pointer(addresses, matrix, NEW_U, tl.float32, False)
     t = _pointer(addresses, matrix, NEW_V, tl.float32, False)
@@ -158,13 +167,16 @@ def _divide(
 ):  # fmt: skip
     item = tl.program_id(0)
     matrix, first = tl.load(pieces + item * 2), tl.load(pieces + item * 2 + 1)
-    outer, n_rows, inner = (tl.load(shapes + matrix * SHAPE + i) for i in tl.static_range(3))
+    outer, n_rows, inner = _shape(shapes, matrix)
     weight = _pointer(addresses, matrix, WEIGHT, DTYPE, ALIGNED)
     out = _pointer(addresses, matrix, OUT, DTYPE, ALIGNED)
     sigma = tl.load(sigmas + matrix)
-    for start in range(0, PIECE, CHUNK):
-        i = first * PIECE + start + tl.arange(0, CHUNK)
-        mask = i < outer * n_rows * inner
+    size = outer * n_rows * inner
+    if ALIGNED:
+        size = tl.multiple_of(size, 16)
+    for start in range(first * PIECE, tl.minimum(first * PIECE + PIECE, size), CHUNK):
+        i = start + tl.arange(0, CHUNK)
+        mask = i < size
         w = tl.load(weight + i, mask=mask, other=0.0).to(tl.float32)
         tl.store(out + i, tl.math.div_rn(w, sigma).to(DTYPE), mask=mask)
 
@@ -177,13 +189,16 @@ def _inner_products(
     # <G, W> of a piece.
     item = tl.program_id(0)
     matrix, first = tl.load(pieces + item * 2), tl.load(pieces + item * 2 + 1)
-    outer, n_rows, inner = (tl.load(shapes + matrix * SHAPE + i) for i in tl.static_range(3))
+    outer, n_rows, inner = _shape(shapes, matrix)
     weight = _pointer(addresses, matrix, WEIGHT, DTYPE, ALIGNED)
     grad = _pointer(addresses, matrix, GRAD, DTYPE, ALIGNED)
     total = tl.zeros([CHUNK], tl.float32)
-    for start in range(0, PIECE, CHUNK):
-        i = first * PIECE + start + tl.arange(0, CHUNK)
-        mask = i < outer * n_rows * inner
+    size = outer * n_rows * inner
+    if ALIGNED:
+        size = tl.multiple_of(size, 16)
+    for start in range(first * PIECE, tl.minimum(first * PIECE + PIECE, size), CHUNK):
+        i = start + tl.arange(0, CHUNK)
+        mask = i < size
         w = tl.load(weight + i, mask=mask, other=0.0).to(tl.float32)
         total += w * tl.load(grad + i, mask=mask, other=0.0).to(tl.float32)
     tl.store(products + item, tl.sum(total, 0))
@@ -197,7 +212,7 @@ def _gradients(
     # (G - <G, W> / sigma u v') / sigma of a piece. Each program adds up its matrix's products itself, in one order.
     item = tl.program_id(0)
     matrix, first = tl.load(pieces + item * 2), tl.load(pieces + item * 2 + 1)
-    outer, n_rows, inner = (tl.load(shapes + matrix * SHAPE + i) for i in tl.static_range(3))
+    outer, n_rows, inner = _shape(shapes, matrix)
     first_piece, n_pieces = tl.load(shapes + matrix * SHAPE + 5), tl.load(shapes + matrix * SHAPE + 6)
     total = tl.zeros([CHUNK], tl.float32)
     for start in range(0, n_pieces, CHUNK):
@@ -210,14 +225,17 @@ def _gradients(
     u = _pointer(addresses, matrix, U, tl.float32, False)
     v = _pointer(addresses, matrix, V, tl.float32, False)
     narrow = inner.to(tl.int32)  # a line is never that long, a matrix may be: divisions of 64 bits cost much more
-    for start in range(0, PIECE, CHUNK):
-        i = first * PIECE + start
-        line = i // inner
-        i_in_line = (i - line * inner).to(tl.int32) + tl.arange(0, CHUNK)
+    size = outer * n_rows * inner
+    if ALIGNED:
+        size = tl.multiple_of(size, 16)
+    for start in range(first * PIECE, tl.minimum(first * PIECE + PIECE, size), CHUNK):
+        i = start + tl.arange(0, CHUNK)
+        mask = i < size
+        line = start // inner
+        i_in_line = (start - line * inner).to(tl.int32) + tl.arange(0, CHUNK)
         lines = line + i_in_line // narrow
         column = lines // n_rows * inner + i_in_line % narrow
-        mask = i + tl.arange(0, CHUNK) < outer * n_rows * inner
         factor = along * tl.load(u + lines % n_rows, mask=mask, other=0.0)
-        g = tl.load(grad + i + tl.arange(0, CHUNK), mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(grad + i, mask=mask, other=0.0).to(tl.float32)
         value = tl.math.div_rn(g - factor * tl.load(v + column, mask=mask, other=0.0), sigma)
-        tl.store(grad_weight + i + tl.arange(0, CHUNK), value.to(DTYPE), mask=mask)
+        tl.store(grad_weight + i, value.to(DTYPE), mask=mask)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import kernels
 from ..matrices import Matrix, laid_out_like, matrix
+from . import kernels
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-#: (rows, columns) that a program multiplies at a time: of wide matrices, and of those with up to NARROW columns. Four rows
-#: of 13,824 columns in float32 are 221 KB, and 29 MB in all 132 programs of an H100: its L2 has 50 MB.
+#: (rows, columns) that a program multiplies at a time: of wide matrices, and of those with up to NARROW columns. Four
+#: rows of 13,824 columns in float32 are 221 KB, and 29 MB in all 132 programs of an H100: its L2 has 50 MB.
 TILES = {"wide": (4, 1024), "narrow": (32, 64)}
 NARROW = 256
 
@@ -188,8 +187,9 @@ def _shapes(matrices: Sequence[Matrix]) -> Shapes:
     return tuple((m.outer, m.rows, m.inner) for m in matrices)
 
 
-def _aligned(tensors: Any) -> bool:
-    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+def _aligned(tensors: Iterable[Tensor]) -> bool:
+    """Whether 16 numbers at a time never begin off 16 bytes, nor reach beyond an end."""
+    return all(tensor.data_ptr() % 16 == 0 and tensor.numel() % 16 == 0 for tensor in tensors)
 
 
 def _launch(kernel: Any, programs: int, device: torch.device, *args: Any, **constants: Any) -> None:
