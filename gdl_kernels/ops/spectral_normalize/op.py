@@ -35,6 +35,8 @@ def _triton_reasons(weights: list[Tensor], us: list[Tensor], vs: list[Tensor], *
             reasons.append(f"weights are on {device}")
         if weights[0].dtype == torch.float64:
             reasons.append("weights are float64")
+        if max(_columns(w.shape) for w in weights) >= 2**31:
+            reasons.append("a weight has 2^31 columns or more")
     return reasons
 
 

@@ -37,7 +37,9 @@ def _weights(weight, rows, columns, n_rows, n_columns, inner, CONTIGUOUS: tl.con
     if CONTIGUOUS:
         offsets = rows[:, None] * inner + columns[None, :]
     else:
-        offsets = (columns // inner * n_rows * inner + columns % inner)[None, :] + rows[:, None] * inner
+        # A row is shorter than 2^31, a matrix may not be: divisions of 64 bits cost much more.
+        narrow = inner.to(tl.int32)
+        offsets = ((columns // narrow).to(tl.int64) * n_rows * inner + columns % narrow)[None, :] + rows[:, None] * inner
     mask = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
     return tl.load(weight + offsets, mask=mask, other=0.0).to(tl.float32)
 
@@ -54,7 +56,7 @@ def _products(
     end, begin = tl.load(work + item * 4 + 2), tl.load(work + item * 4 + 3)
     outer, n_rows, _inner = _shape(shapes, matrix)
     inner = tl.load(shapes + matrix * SHAPE + 2)  # what a call returns can't be said to be a multiple
-    n_columns = outer * inner
+    n_columns = (outer * inner).to(tl.int32)
     if ALIGNED:
         inner = tl.multiple_of(inner, 16)
         n_columns = tl.multiple_of(n_columns, 16)
@@ -224,7 +226,7 @@ def _gradients(
     grad_weight = _pointer(addresses, matrix, GRAD_WEIGHT, DTYPE, ALIGNED)
     u = _pointer(addresses, matrix, U, tl.float32, False)
     v = _pointer(addresses, matrix, V, tl.float32, False)
-    narrow = inner.to(tl.int32)  # a line is never that long, a matrix may be: divisions of 64 bits cost much more
+    narrow = inner.to(tl.int32)  # as in _weights
     size = outer * n_rows * inner
     if ALIGNED:
         size = tl.multiple_of(size, 16)
