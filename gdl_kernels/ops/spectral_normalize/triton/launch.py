@@ -127,13 +127,15 @@ def forward(
     sums = torch.empty(work.sums, dtype=sigmas.dtype, device=device)
     aligned = _aligned(m.tensor for m in matrices)
 
+    num_warps = 2 * weights[0].dtype.itemsize  # 16 bytes a thread and load, from four rows
+
     def multiply(left: Any, right: Any, dots: bool, add: bool) -> None:
         for (width, contiguous, even), items in work.products.items():
             rows, columns = TILES[width]
             _launch(
                 kernels._products, len(items), device, work.shapes, addresses, items, sums,
                 LEFT=left, RIGHT=right, DOTS=dots, SUMS=add, ROWS=rows, COLUMNS=columns, DTYPE=dtype,
-                CONTIGUOUS=contiguous, ALIGNED=aligned and even, num_warps=8,
+                CONTIGUOUS=contiguous, ALIGNED=aligned and even, num_warps=num_warps,
             )  # fmt: skip
         if add:
             _launch(
