@@ -39,7 +39,8 @@ def _weights(weight, rows, columns, n_rows, n_columns, inner, CONTIGUOUS: tl.con
     else:
         # A row is shorter than 2^31, a matrix may not be: divisions of 64 bits cost much more.
         narrow = inner.to(tl.int32)
-        offsets = ((columns // narrow).to(tl.int64) * n_rows * inner + columns % narrow)[None, :] + rows[:, None] * inner
+        in_row = (columns // narrow).to(tl.int64) * n_rows * inner + columns % narrow
+        offsets = in_row[None, :] + rows[:, None] * inner
     mask = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
     return tl.load(weight + offsets, mask=mask, other=0.0).to(tl.float32)
 
