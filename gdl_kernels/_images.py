@@ -14,9 +14,6 @@ from torch import Tensor
 
 from . import _native
 
-#: Elements that are worth a thread of the CPU; PyTorch's own grain.
-GRAIN = 32768
-
 
 class Lines(NamedTuple):
     """A tensor's strides from image to image and from line to line, in elements."""
@@ -46,11 +43,6 @@ def empty_like(x: Tensor, channels: int | None = None) -> Tensor:
 def shape(x: Tensor) -> tuple[int, int, int]:
     """(N, C, pixels)."""
     return x.shape[0], x.shape[1], math.prod(x.shape[2:])
-
-
-def threads(x: Tensor) -> int:
-    """How many of the CPU's threads a pass over ``x`` is worth."""
-    return min(torch.get_num_threads(), 1 + x.numel() // GRAIN)
 
 
 def cpu_reasons(x: Tensor, *_: Any, **__: Any) -> list[str]:

@@ -12,12 +12,14 @@ from . import _native
 
 #: Outputs of at least so many bytes are asked for in pages of 2 MB: the C library may take such memory from the system,
 #: and give it back, at every call.
-HUGE_BYTES = 4 * 2**20
+HUGE_BYTES = 2 * 2**20
 
 _library = torch.library.Library("gdl_kernels", "DEF")
 
+#: One output is a tensor, several are a tuple; a tensor list of the schema, ``Tensor[]``, is a list.
+Output = Tensor | list[Tensor] | tuple[Tensor | list[Tensor], ...]
 #: ``outputs(*args)``: the op's empty outputs, on the device and with the strides that the kernels fill.
-Outputs = Callable[..., Tensor | tuple[Tensor, ...]]
+Outputs = Callable[..., Output]
 #: ``kernel(outputs, *args)``: fills the outputs.
 Kernel = Callable[..., None]
 
@@ -46,7 +48,7 @@ def register(
     """
     _library.define(f"{name}{schema}")
 
-    def implementation(*args: Any) -> Tensor | tuple[Tensor, ...]:
+    def implementation(*args: Any) -> Output:
         out = outputs(*args)
         if args[-1] == "cpu":
             _prefer_huge_pages(out)

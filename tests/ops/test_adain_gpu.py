@@ -67,8 +67,9 @@ def captured(call: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, li
     return graph, out
 
 
-# What a plane is shared among changes with its pixels: threads of a warp, of a block, blocks of a cluster, blocks of two
-# launches. Where, depends on the pass: these are its limits on a GPU with clusters, the last that fits and the next.
+# What a plane is shared among changes with its pixels: threads of a warp, of a block, blocks of a cluster, blocks of
+# two launches. Where, depends on the pass: these are about its limits on a GPU with clusters, the last that fits, and
+# the next.
 PLANES = [
     (2, 600, 64),  # several planes in a warp
     (2, 600, 2048),  # the last with one warp to a plane, forward

@@ -69,7 +69,7 @@ class _Frame:
     def __init__(self, out: Tensor) -> None:
         self.out = out
         self.last = _images.channels_last(out)
-        self.threads = _images.threads(out)
+        self.threads = _native.threads(out.numel())
         self._kept: list[Tensor] = []
 
     def head(self) -> tuple[str, tuple[int, int, int], bool]:

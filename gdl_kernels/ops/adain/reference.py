@@ -23,4 +23,4 @@ def statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def planes(parameter: Tensor, x: Tensor) -> Tensor:
     """``(N, C)`` or ``(C,)``, as something that broadcasts over ``x``."""
-    return parameter.to(x.dtype)[(..., *[None] * (x.dim() - 2))]
+    return parameter.to(x.dtype).reshape(*parameter.shape, *[1] * (x.dim() - 2))

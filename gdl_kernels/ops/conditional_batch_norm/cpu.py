@@ -15,8 +15,9 @@ def moments(x: Tensor, last: bool) -> Tensor:
     out = x.new_empty(2, x.shape[1], dtype=torch.float64)
     kernel = _native.cpu_module().conditional_batch_norm_moments
     kernel(
-        *_images_of(x, last), _images.lines(x, last).array(), out[0].data_ptr(), out[1].data_ptr(), _images.threads(x)
-    )
+        *_images_of(x, last), _images.lines(x, last).array(), out[0].data_ptr(), out[1].data_ptr(),
+        _native.threads(x.numel()),
+    )  # fmt: skip
     return out
 
 
@@ -24,7 +25,7 @@ def sums(v: Tensor | None, grad: Tensor, x: Tensor, mean: Tensor, last: bool) ->
     out = mean.new_empty(2 if v is None else 5, *x.shape[:2])
     tensors = [None if t is None else _images.lines(t, last).array() for t in (v, grad, x)]
     kernel = _native.cpu_module().conditional_batch_norm_sums
-    kernel(*_images_of(x, last), *tensors, mean.data_ptr(), out.data_ptr(), _images.threads(x))
+    kernel(*_images_of(x, last), *tensors, mean.data_ptr(), out.data_ptr(), _native.threads(x.numel()))
     return out
 
 
@@ -36,7 +37,7 @@ def combine(out: Tensor, others: Sequence[Term], x: Term | None, mean: Tensor, o
     kernel = _native.cpu_module().conditional_batch_norm_combine
     kernel(
         *_images_of(out, last), arrays[: len(others)], arrays[-1] if x else None, mean.data_ptr(), _planes(offset),
-        _images.lines(out, last).array(), _images.threads(out),
+        _images.lines(out, last).array(), _native.threads(out.numel()),
     )  # fmt: skip
 
 

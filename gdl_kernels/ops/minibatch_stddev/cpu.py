@@ -22,4 +22,4 @@ def _launch(kernel: str, x: Tensor, group_size: int, num_features: int, eps: flo
     arrays = (line.array() for line in lines)
     group = min(group_size, x.shape[0])
     native = getattr(_native.cpu_module(), kernel)
-    native(dtype, _images.shape(x), last, group, num_features, eps, *arrays, _images.threads(x))
+    native(dtype, _images.shape(x), last, group, num_features, eps, *arrays, _native.threads(x.numel()))

@@ -22,4 +22,4 @@ def _launch(kernel: str, eps: float, *tensors: Tensor) -> None:
     lines = [_images.lines(t, last) for t in tensors]
     dtype = str(out.dtype).removeprefix("torch.")
     arrays = (line.array() for line in lines)
-    getattr(_native.cpu_module(), kernel)(dtype, _images.shape(out), last, eps, *arrays, _images.threads(out))
+    getattr(_native.cpu_module(), kernel)(dtype, _images.shape(out), last, eps, *arrays, _native.threads(out.numel()))
