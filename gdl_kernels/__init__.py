@@ -2,6 +2,8 @@
 
 from . import layouts, nn
 from ._backends import available_backends, backend, explain
+from .ops.orthogonal_regularization import orthogonal_regularization
+from .ops.orthogonalize import orthogonalize
 from .ops.pixel_norm import pixel_norm
 from .ops.sparse_attention import sparse_attention
 from .ops.sparse_attention.merge import merge_attention
@@ -15,6 +17,8 @@ __all__ = [
     "layouts",
     "merge_attention",
     "nn",
+    "orthogonal_regularization",
+    "orthogonalize",
     "pixel_norm",
     "sparse_attention",
 ]
