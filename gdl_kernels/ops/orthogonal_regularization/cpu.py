@@ -18,6 +18,9 @@ from ..._matrices import Group, symmetric_product
 #: Where the difference is a smaller share of what is subtracted, too few of float32's digits are left.
 CANCELS = 0.5
 
+#: Rows that are squared at a time.
+BAND = 64
+
 
 def orientation(rows: int, columns: int, of_columns: bool) -> tuple[bool, bool]:
     """Whether a matrix is turned to be V, and whether the penalty is then asked of the rows of V."""
@@ -44,10 +47,10 @@ def forward(
             gram.diagonal(dim1=-2, dim2=-1).zero_()
             value = gram.square().sum().item()
         else:
-            value = _difference(gram, _squared_norms(values))
+            value = _difference(gram, _squared_norms(values)[1])
             if value is None:
                 wide = values.double()
-                value = _difference(symmetric_product(wide, wide.mT), _squared_norms(wide))
+                value = _difference(symmetric_product(wide, wide.mT), _squared_norms(wide)[1])
         if not value < torch.inf:
             _matrices.name_not_finite(weights, group.indices)
         total += value
@@ -63,10 +66,12 @@ def backward(
     outputs = [turned(g, columns, weight)[0] for g, weight in zip(grads, weights)]
     for group, values, of_rows in _stacks(weights, columns):
         gram = group.load(kept, values.dtype) if not group.padded else _padded(group, kept)
-        norms = None if of_rows else _squared_norms(values)
-        if norms is not None and _difference(gram, norms) is None:
-            values = values.double()
-            gram, norms = symmetric_product(values, values.mT), _squared_norms(values)
+        norms = None
+        if not of_rows:
+            norms = _squared_norms(values)
+            if _difference(gram, norms[1]) is None:
+                values = values.double()
+                gram, norms = symmetric_product(values, values.mT), _squared_norms(values)
         alone = outputs[group.indices[0]]
         in_place = values.dim() == 2 and alone.dtype == values.dtype
         out = alone if in_place else torch.empty_like(values)
@@ -87,9 +92,14 @@ def _padded(group: Group, kept: Sequence[Tensor]) -> Tensor:
     return Group(group.indices, (group.shape[0], group.shape[0]), True).load(kept, kept[0].dtype)
 
 
-def _squared_norms(values: Tensor) -> Tensor:
-    """Of the columns: ``[..., 1, columns]``."""
-    return torch.linalg.vector_norm(values, dim=-2, keepdim=True).square_()
+def _squared_norms(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Of rows, ``[..., rows, 1]``, and columns, ``[..., 1, columns]``. In bands: sums of sums, and squares in the cache."""
+    of_rows, of_columns = [], []
+    for band in values.split(BAND, -2):
+        squares = band.square()
+        of_rows.append(squares.sum(-1, keepdim=True))
+        of_columns.append(squares.sum(-2, keepdim=True))
+    return torch.cat(of_rows, -2), torch.cat(of_columns, -2).sum(-2, keepdim=True)
 
 
 def _difference(gram: Tensor, norms: Tensor) -> float | None:
@@ -104,11 +114,16 @@ def _difference(gram: Tensor, norms: Tensor) -> float | None:
     return difference.clamp(min=0).sum().item()
 
 
-def _product(out: Tensor, gram: Tensor, values: Tensor, norms: Tensor | None, scale: float) -> None:
-    """``out = scale * (gram @ values - values * norms)``"""
+def _product(out: Tensor, gram: Tensor, values: Tensor, norms: tuple[Tensor, Tensor] | None, scale: float) -> None:
+    """``out = scale * (gram @ values)``, less ``scale * values * norms of columns`` where norms are given."""
     product = torch.addmm if out.dim() == 2 else torch.baddbmm
     if norms is None:
         product(out, gram, values, beta=0, alpha=scale, out=out)
-    else:
-        torch.mul(values, norms * -scale, out=out)
-        product(out, gram, values, alpha=scale, out=out)
+        return
+    # The diagonal of G, the norms of rows, is by far its largest part. Its product is put together with what is
+    # subtracted, and not into a sum whose other terms are small.
+    of_rows, of_columns = norms
+    torch.sub(of_rows, of_columns, out=out).mul_(values).mul_(scale)
+    gram = gram.clone()
+    gram.diagonal(dim1=-2, dim2=-1).zero_()
+    product(out, gram, values, alpha=scale, out=out)

@@ -44,7 +44,7 @@ def orthogonalize(
 
     Raises:
         ValueError: if ``weights`` is empty, a weight has fewer than two dimensions or is on another device than the
-            first, ``steps`` is negative or ``method`` unknown. On the CPU, also if a weight is not finite.
+            first, ``steps`` is not positive or ``method`` unknown. On the CPU, also if a weight is not finite.
         TypeError: if ``weights`` is no sequence of floating-point tensors of one dtype, or ``steps`` no integer.
         RuntimeError: if ``backend`` was given and can't serve the call.
 
@@ -65,7 +65,7 @@ def orthogonalize(
 def _check(steps: int | None, method: str) -> None:
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool)):
         raise TypeError(f"steps must be an integer or None, got {type(steps).__name__}")
-    if steps is not None and steps < 0:
-        raise ValueError(f"steps must not be negative, got {steps}")
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps must be positive, got {steps}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")

@@ -98,7 +98,7 @@ def _iterate(x: Tensor, heights: list[int], method: str, steps: int | None, roun
 
     length = ROUND if x.shape[-1] >= WIDE * x.shape[-2] else 1
     if steps is not None:
-        return take(x, gram, fixed(method, steps), length) if steps else x * scale
+        return take(x, gram, fixed(method, steps), length)
     given: Tensor | None = gram
     for _ in range(most_cycles(method, x.dtype)):
         x = take(x, given, cycle(method), length)
