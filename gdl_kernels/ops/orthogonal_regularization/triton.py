@@ -49,27 +49,29 @@ def _write_addresses(table, pointers, first):
 
 
 @triton.jit
-def _weight(addresses, table, weight, DTYPE: tl.constexpr):
-    """Address, height, width, number of its first tile, place of its norms, whether the penalty is of its rows."""
+def _weight(addresses, table, weight, DTYPE: tl.constexpr, TURNED: tl.constexpr, ALIGNED: tl.constexpr):
+    """Address, height, width and strides; number of its first tile, place of its norms, whether the penalty is of rows.
+
+    ALIGNED numbers are 16 bytes. That they divide an address, a stride and the length of what lies in one piece is what
+    lets the compiler load so many at a time.
+    """
     line = table + weight * FIELDS
     base = tl.load(addresses + weight).to(tl.pointer_type(DTYPE))
     height, width = tl.load(line).to(tl.int32), tl.load(line + 1).to(tl.int32)
-    return base, height, width, tl.load(line + 4), tl.load(line + 5), tl.load(line + 6)
-
-
-@triton.jit
-def _stride(table, weight, field: tl.constexpr, ALIGNED: tl.constexpr):
-    stride = tl.load(table + weight * FIELDS + field)
-    if ALIGNED > 1:
-        stride = tl.multiple_of(stride, ALIGNED)
-    return stride
-
-
-@triton.jit
-def _load(base, rows, columns, stride, height, width, TURNED: tl.constexpr, ALIGNED: tl.constexpr):
-    """A tile of V, [rows, columns]. Numbers next to each other in memory are those of a row, in a turned V of a column."""
+    stride, out_stride = tl.load(line + 2), tl.load(line + 3)
     if ALIGNED > 1:
         base = tl.multiple_of(base, 16)
+        stride, out_stride = tl.multiple_of(stride, ALIGNED), tl.multiple_of(out_stride, ALIGNED)
+        if TURNED:
+            height = tl.multiple_of(height, ALIGNED)
+        else:
+            width = tl.multiple_of(width, ALIGNED)
+    return base, height, width, stride, out_stride, tl.load(line + 4), tl.load(line + 5), tl.load(line + 6)
+
+
+@triton.jit
+def _load(base, rows, columns, stride, height, width, TURNED: tl.constexpr):
+    """A tile of V, [rows, columns]. Numbers next to each other in memory are those of a row, in a turned V of a column."""
     if TURNED:
         inside = (columns < width)[:, None] & (rows < height)[None, :]
         tile = tl.trans(tl.load(base + columns.to(tl.int64)[:, None] * stride + rows[None, :], mask=inside, other=0.0))
@@ -87,19 +89,18 @@ def _gram(
 ):  # fmt: skip
     item = tl.program_id(0)
     weight, i, j = tl.load(items + 3 * item), tl.load(items + 3 * item + 1), tl.load(items + 3 * item + 2)
-    base, height, width, first_tile, _, of_rows = _weight(addresses, table, weight, DTYPE)
-    stride = _stride(table, weight, 2, ALIGNED)
+    base, height, width, stride, _, first_tile, _, of_rows = _weight(addresses, table, weight, DTYPE, TURNED, ALIGNED)
     inner = tl.arange(0, T)
     rows, columns = (i * T + inner).to(tl.int32), (j * T + inner).to(tl.int32)
     tile = tl.zeros([T, T], tl.float32)
     for start in range(0, width, STEP):
         steps = (start + tl.arange(0, STEP)).to(tl.int32)
-        left = _load(base, rows, steps, stride, height, width, TURNED, ALIGNED)
-        right = _load(base, columns, steps, stride, height, width, TURNED, ALIGNED)
+        left = _load(base, rows, steps, stride, height, width, TURNED)
+        right = _load(base, columns, steps, stride, height, width, TURNED)
         tile = tl.dot(left.to(DOT), tl.trans(right.to(DOT)), tile, input_precision=PRECISION)
     off = rows[:, None] != columns[None, :]
     counted = tl.where(off | (of_rows == 0), tile, 0.0)
-    total = tl.sum(tl.sum(counted * counted, 1), 0)
+    total = tl.sum(counted * counted)
     tl.store(partials + item, tl.where(i == j, total, 2 * total))
     if KEEP:
         place = tiles + (first_tile + i * (i + 1) // 2 + j) * T * T
@@ -113,21 +114,20 @@ def _norms(
 ):  # fmt: skip
     item = tl.program_id(0)
     weight, of_columns, block = tl.load(items + 3 * item), tl.load(items + 3 * item + 1), tl.load(items + 3 * item + 2)
-    base, height, width, _, place, _ = _weight(addresses, table, weight, DTYPE)
-    stride = _stride(table, weight, 2, ALIGNED)
+    base, height, width, stride, _, _, place, _ = _weight(addresses, table, weight, DTYPE, TURNED, ALIGNED)
     own = (block * SUMMED + tl.arange(0, SUMMED)).to(tl.int32)
     sums = tl.zeros([SUMMED], tl.float32)
     if of_columns != 0:
         for start in range(0, height, STEP):
             rows = (start + tl.arange(0, STEP)).to(tl.int32)
-            v = _load(base, rows, own, stride, height, width, TURNED, ALIGNED).to(tl.float32)
+            v = _load(base, rows, own, stride, height, width, TURNED).to(tl.float32)
             sums += tl.sum(v * v, 0)
         tl.store(norms + place + height + own, sums, mask=own < width)
         tl.store(partials + item, -tl.sum(sums * sums, 0))
     else:
         for start in range(0, width, STEP):
             columns = (start + tl.arange(0, STEP)).to(tl.int32)
-            v = _load(base, own, columns, stride, height, width, TURNED, ALIGNED).to(tl.float32)
+            v = _load(base, own, columns, stride, height, width, TURNED).to(tl.float32)
             sums += tl.sum(v * v, 1)
         tl.store(norms + place + own, sums, mask=own < height)
         tl.store(partials + item, 0.0)
@@ -136,25 +136,25 @@ def _norms(
 @triton.jit
 def _gradient(
     addresses, out_addresses, table, items, tiles, norms, grad, beta,
-    TURNED: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr, STEP: tl.constexpr,
+    COLUMNS: tl.constexpr, TURNED: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr, STEP: tl.constexpr,
     DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     item = tl.program_id(0)
     weight, i, block = tl.load(items + 3 * item), tl.load(items + 3 * item + 1), tl.load(items + 3 * item + 2)
-    base, height, width, first_tile, place, of_rows = _weight(addresses, table, weight, DTYPE)
-    stride, out_stride = _stride(table, weight, 2, ALIGNED), _stride(table, weight, 3, ALIGNED)
+    base, height, width, stride, out_stride, first_tile, place, of_rows = _weight(
+        addresses, table, weight, DTYPE, TURNED, ALIGNED
+    )
     inner = tl.arange(0, T)
     rows = (i * T + inner).to(tl.int32)
-    columns = (block * T + tl.arange(0, T)).to(tl.int32)
-    acc = tl.zeros([T, T], tl.float32)
-    in_tile = inner[:, None] * T + inner[None, :]
+    columns = (block * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int32)
+    acc = tl.zeros([T, COLUMNS], tl.float32)
     # STEP rows of V at a time, which are STEP columns of a tile left of the diagonal,
     for start in range(0, (i + 1) * T, STEP):
         j, part = start // T, start % T
         steps = (start + tl.arange(0, STEP)).to(tl.int32)
         tile = tiles + (first_tile + i * (i + 1) // 2 + j) * T * T
         s = tl.load(tile + inner[:, None] * T + part + tl.arange(0, STEP)[None, :])  # [T, STEP]
-        v = _load(base, steps, columns, stride, height, width, TURNED, ALIGNED)
+        v = _load(base, steps, columns, stride, height, width, TURNED)
         acc = tl.dot(s.to(DOT), v.to(DOT), acc, input_precision=PRECISION)
     # and STEP rows of one below it, transposed.
     for start in range((i + 1) * T, height, STEP):
@@ -162,15 +162,17 @@ def _gradient(
         steps = (start + tl.arange(0, STEP)).to(tl.int32)
         tile = tiles + (first_tile + j * (j + 1) // 2 + i) * T * T
         s = tl.load(tile + (part + tl.arange(0, STEP))[:, None] * T + inner[None, :])  # [STEP, T]
-        v = _load(base, steps, columns, stride, height, width, TURNED, ALIGNED)
+        v = _load(base, steps, columns, stride, height, width, TURNED)
         acc = tl.dot(tl.trans(s).to(DOT), v.to(DOT), acc, input_precision=PRECISION)
     if of_rows == 0:
         of_row = tl.load(norms + place + rows, mask=rows < height, other=0.0)
         of_column = tl.load(norms + place + height + columns, mask=columns < width, other=0.0)
-        v = _load(base, rows, columns, stride, height, width, TURNED, ALIGNED).to(tl.float32)
+        v = _load(base, rows, columns, stride, height, width, TURNED).to(tl.float32)
         acc += v * (of_row[:, None] - of_column[None, :])
     acc *= 4 * beta * tl.load(grad)
     out = tl.load(out_addresses + weight).to(tl.pointer_type(DTYPE))
+    if ALIGNED > 1:
+        out = tl.multiple_of(out, 16)
     if TURNED:
         inside = (columns < width)[:, None] & (rows < height)[None, :]
         places = out + columns.to(tl.int64)[:, None] * out_stride + rows[None, :]
@@ -224,12 +226,17 @@ class Plan(NamedTuple):
     n_norms: int
 
 
+def _columns(tile: int, aligned: bool) -> int:
+    """Columns of the gradient that a program owns: numbers that are stored one by one have an address each."""
+    return tile if aligned else tile // 2
+
+
 @functools.lru_cache(maxsize=64)
 def _plan(matrices: tuple[Matrix, ...], tile: int, device: torch.device) -> Plan:
     table, n_tiles, n_norms = [], 0, 0
     work: dict[tuple[bool, bool], tuple[list[Any], list[Any], list[Any]]] = {}
     for w, matrix in enumerate(matrices):
-        n_rows, n_columns = triton.cdiv(matrix.height, tile), triton.cdiv(matrix.width, tile)
+        n_rows, n_columns = triton.cdiv(matrix.height, tile), triton.cdiv(matrix.width, _columns(tile, matrix.aligned))
         table.append([
             matrix.height, matrix.width, matrix.stride, matrix.out_stride, n_tiles, n_norms, int(matrix.of_rows)
         ])  # fmt: skip
@@ -273,6 +280,7 @@ class Call:
             turn, of_rows = orientation(*matrix.shape, columns)
             height, width = matrix.shape[::-1] if turn else matrix.shape
             stride, out_stride = matrix.stride(0), matrix.shape[1]
+            # The gradient's rows are in one piece from the first to the last: their length is its stride.
             sizes = *(n * self.dtype.itemsize for n in (stride, out_stride)), matrix.data_ptr()
             aligned = all(size % 16 == 0 for size in sizes)
             self.matrices.append(matrix)
@@ -291,8 +299,10 @@ class Call:
     def launch(self, kernel: Any, items: Tensor, part: Part, *args: Any, **constants: Any) -> None:
         if len(items):
             size = self.dtype.itemsize
+            # Numbers that are loaded one by one go through registers: half as many at a time, or they would spill.
+            step, together = (STEP[size], 16 // size) if part.aligned else (STEP[size] // 2, 1)
             kernel[(len(items),)](
-                *args, **constants, TURNED=part.turned, ALIGNED=16 // size if part.aligned else 1, STEP=STEP[size],
+                *args, **constants, TURNED=part.turned, ALIGNED=together, STEP=step,
                 DTYPE=_DTYPES[self.dtype], num_warps=NUM_WARPS[size], num_stages=3,
             )  # fmt: skip
 
@@ -353,7 +363,7 @@ def backward(
         for part in call.plan.parts:
             call.launch(
                 _gradient, part.gradient, part, addresses, out_addresses, call.plan.table, part.gradient, *kept, grad,
-                beta, **call.precision(of_gram=True),
+                beta, COLUMNS=_columns(call.tile, part.aligned), **call.precision(of_gram=True),
             )  # fmt: skip
 
 
