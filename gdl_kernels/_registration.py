@@ -10,8 +10,10 @@ from torch import Tensor
 
 _library = torch.library.Library("gdl_kernels", "DEF")
 
+#: One output is a tensor, several are a tuple; a tensor list of the schema, ``Tensor[]``, is a list.
+Output = Tensor | list[Tensor] | tuple[Tensor | list[Tensor], ...]
 #: ``outputs(*args)``: the op's empty outputs, on the device and with the strides that the kernels fill.
-Outputs = Callable[..., Tensor | tuple[Tensor, ...]]
+Outputs = Callable[..., Output]
 #: ``kernel(outputs, *args)``: fills the outputs.
 Kernel = Callable[..., None]
 
@@ -40,7 +42,7 @@ def register(
     """
     _library.define(f"{name}{schema}")
 
-    def implementation(*args: Any) -> Tensor | tuple[Tensor, ...]:
+    def implementation(*args: Any) -> Output:
         out = outputs(*args)
         kernels[args[-1]](out, *args)
         return out
