@@ -2,6 +2,7 @@
 
 from . import layouts, nn
 from ._backends import available_backends, backend, explain
+from .nn.orthogonal_norm import init_orthogonal_, orthogonal_norm
 from .ops.orthogonal_regularization import orthogonal_regularization
 from .ops.orthogonalize import orthogonalize
 from .ops.pixel_norm import pixel_norm
@@ -14,9 +15,11 @@ __all__ = [
     "available_backends",
     "backend",
     "explain",
+    "init_orthogonal_",
     "layouts",
     "merge_attention",
     "nn",
+    "orthogonal_norm",
     "orthogonal_regularization",
     "orthogonalize",
     "pixel_norm",

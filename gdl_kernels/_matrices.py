@@ -50,7 +50,7 @@ def flattened(weight: Tensor, like: Tensor | None = None) -> Tensor:
     ``like`` is the weight whose order is taken. For what :func:`empty_like` returned for ``like`` this is a view.
     """
     order = _memory_order(weight if like is None else like)
-    return weight.permute(0, *order).reshape(weight.shape[0], -1)
+    return weight.permute(0, *order).reshape(weight.shape[0], math.prod(weight.shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -152,5 +152,7 @@ def check_weights(weights: object, dtypes: Sequence[torch.dtype]) -> list[Tensor
         if weight.dtype != checked[0].dtype:
             raise TypeError(f"weights[{i}] must have the dtype of weights[0], {checked[0].dtype}, got {weight.dtype}")
         if weight.device != checked[0].device:
-            raise ValueError(f"weights[{i}] must be on the device of weights[0], {checked[0].device}, got {weight.device}")
+            raise ValueError(
+                f"weights[{i}] must be on the device of weights[0], {checked[0].device}, got {weight.device}"
+            )
     return checked

@@ -24,8 +24,9 @@ BAND = 64
 
 def orientation(rows: int, columns: int, of_columns: bool) -> tuple[bool, bool]:
     """Whether a matrix is turned to be V, and whether the penalty is then asked of the rows of V."""
-    turn = rows > columns or (rows == columns and of_columns)
-    return turn, turn == of_columns
+    if rows > columns or (rows == columns and of_columns):
+        return True, of_columns
+    return False, not of_columns
 
 
 def turned(weight: Tensor, columns: bool, like: Tensor | None = None) -> tuple[Tensor, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -42,7 +43,9 @@ def _examples() -> Iterator[_backends.Example]:
 choices = _backends.add_op("orthogonal_regularization", {"cpu": _cpu_reasons, "triton": _triton_reasons}, _examples)
 
 
-def _outputs(weights: list[Tensor], beta: float, columns: bool, keep: bool, backend: str) -> tuple[Tensor, list[Tensor]]:
+def _outputs(
+    weights: list[Tensor], beta: float, columns: bool, keep: bool, backend: str
+) -> tuple[Tensor, list[Tensor]]:
     dtype = _matrices.wide_dtype(weights[0].dtype)
     penalty = weights[0].new_empty((), dtype=dtype)
     if not keep:
@@ -50,7 +53,7 @@ def _outputs(weights: list[Tensor], beta: float, columns: bool, keep: bool, back
     if backend == "triton":
         sizes = importlib.import_module(".triton", __package__).kept_sizes(weights, columns)
         return penalty, [penalty.new_empty(size) for size in sizes]
-    sides = (min(w.shape[0], w.numel() // max(1, w.shape[0])) for w in weights)
+    sides = (min(w.shape[0], math.prod(w.shape[1:])) for w in weights)
     return penalty, [w.new_empty(side, side, dtype=dtype) for w, side in zip(weights, sides)]
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -321,8 +322,7 @@ def kept_sizes(weights: Sequence[Tensor], columns: bool) -> tuple[int, int]:
     tile = TILE[weights[0].dtype.itemsize]
     n_tiles = n_norms = 0
     for weight in weights:
-        rows = weight.shape[0]
-        size = weight.numel() // rows if rows else 0
+        rows, size = weight.shape[0], math.prod(weight.shape[1:])
         _, of_rows = orientation(rows, size, columns)
         n_rows = triton.cdiv(min(rows, size), tile)
         n_tiles += n_rows * (n_rows + 1) // 2

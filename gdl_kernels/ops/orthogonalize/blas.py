@@ -98,7 +98,8 @@ def _iterate(x: Tensor, heights: list[int], method: str, steps: int | None, roun
 
     length = ROUND if x.shape[-1] >= WIDE * x.shape[-2] else 1
     if steps is not None:
-        return take(x, gram, fixed(method, steps), length)
+        # Bjorck's first steps are already accurate to the last place, which rounds would lose.
+        return take(x, gram, fixed(method, steps), length if method == "polar" else 1)
     given: Tensor | None = gram
     for _ in range(most_cycles(method, x.dtype)):
         x = take(x, given, cycle(method), length)
@@ -146,15 +147,16 @@ def _polynomials(gram: Tensor, steps: list[Step]) -> list[Polynomial]:
 
 def _apply(part: Round) -> Tensor:
     """``scale * P x``"""
-    x, gram, steps, scale = part
-    if len(steps) == 1:
-        # (B - a I) x + a x, rather than B x: near 1 the first is a small correction, rounded as such.
-        [(a, b, c)] = steps
-        step = symmetric_product(gram, gram).mul_(c).add_(gram, alpha=b) if c else gram * b
-        moved = (torch.addmm if x.dim() == 2 else torch.baddbmm)(x, step, x, beta=a)
-        return moved if scale is None else moved.mul_(scale)
-    product = _polynomials(gram, steps)[-1].product
-    return (product if scale is None else product * scale) @ x
+    product = _polynomials(part.gram, part.steps)[-1].product
+    return _times(product if part.scale is None else product * part.scale, part.x)
+
+
+def _times(product: Tensor, x: Tensor) -> Tensor:
+    """``product @ x`` with the diagonal apart: near 1 all else is a small correction, and is rounded as such."""
+    diagonal = product.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    rest = product.clone()
+    rest.diagonal(dim1=-2, dim2=-1).zero_()
+    return (torch.addmm if x.dim() == 2 else torch.baddbmm)(diagonal * x, rest, x)
 
 
 def _round_backward(grad: Tensor, part: Round, method: str) -> Tensor:
@@ -163,7 +165,7 @@ def _round_backward(grad: Tensor, part: Round, method: str) -> Tensor:
     taken = _polynomials(gram, steps)
     product = taken[-1].product
     grad_product = grad @ x.mT
-    grad_x = product @ grad
+    grad_x = _times(product, grad)
     grad_scale = None
     if scale is not None:
         grad_scale = (product * grad_product).sum((-2, -1), keepdim=True)
