@@ -80,7 +80,7 @@ class Group:
         return stack
 
     def store(self, values: Tensor, matrices: Sequence[Tensor]) -> None:
-        """Write what was computed for each into its own of ``matrices``, which may be smaller than what was computed."""
+        """Write what was computed for each into its own of ``matrices``, without what was padded."""
         for value, i in zip(values if values.dim() == 3 else values[None], self.indices):
             rows, columns = matrices[i].shape
             matrices[i].copy_(value[:rows, :columns])
@@ -127,7 +127,9 @@ def name_not_finite(weights: Sequence[Tensor], indices: Sequence[int]) -> None:
     """Raise for the first of some weights that is not finite, if one is."""
     for i in indices:
         if not weights[i].isfinite().all():
-            raise ValueError(f"weights[{i}] must be finite, got infinite values or NaN in its {tuple(weights[i].shape)}")
+            raise ValueError(
+                f"weights[{i}] must be finite, got infinite values or NaN in its {tuple(weights[i].shape)}"
+            )
 
 
 def check_weights(weights: object, dtypes: Sequence[torch.dtype]) -> list[Tensor]:

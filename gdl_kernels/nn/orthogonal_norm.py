@@ -18,7 +18,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class OrthogonalNorm(nn.Module):
-    """The parametrization of :func:`orthogonal_norm`: ``weight -> orthogonalize([weight])[0]`` with ``dim`` in front."""
+    """The parametrization of :func:`orthogonal_norm`: ``orthogonalize([weight])[0]`` with ``dim`` in front."""
 
     def __init__(self, steps: int | None, method: Literal["polar", "bjorck"], dim: int) -> None:
         super().__init__()

@@ -231,7 +231,11 @@ def test_second_gradient(kernel: tuple[str, str], gram: str) -> None:
         first = torch.autograd.grad(penalty, weights, grad, create_graph=True)
         return list(torch.autograd.grad(first, [grad, *weights], [v.to(dtype) for v in along]))
 
-    ours, plain, exact = second(backend, torch.float32), second("reference", torch.float32), second("reference", torch.float64)
+    ours, plain, exact = (
+        second(backend, torch.float32),
+        second("reference", torch.float32),
+        second("reference", torch.float64),
+    )
     for what, *values in zip(["grad", *map(str, LISTS["of every kind"])], ours, plain, exact):
         assert_accurate(*values, what=what, ulps=8)
 
@@ -306,7 +310,7 @@ def test_backend_is_chosen_and_explained() -> None:
     assert verdicts["cpu"] == "chosen"
     assert verdicts["cuda"] == "orthogonal_regularization has no cuda kernel"
     if not INTERPRETING:
-        with pytest.raises(RuntimeError, match="backend 'triton' can't serve this.*weights are on cpu"):
+        with pytest.raises(RuntimeError, match=r"backend 'triton' can't serve this.*weights are on cpu"):
             orthogonal_regularization(weights, backend="triton")
 
 
@@ -331,7 +335,12 @@ ONES = torch.ones(2, 3)
         ([ONES, 1.0], {}, TypeError, r"weights\[1\] must be a tensor, got float"),
         ([ONES, torch.ones(3)], {}, ValueError, r"weights\[1\] must have two dimensions or more, got shape \(3,\)"),
         ([ONES.long()], {}, TypeError, r"weights\[0\] must be float32, .* got torch.int64"),
-        ([ONES, ONES.half()], {}, TypeError, r"weights\[1\] must have the dtype of weights\[0\], torch.float32, got tor"),
+        (
+            [ONES, ONES.half()],
+            {},
+            TypeError,
+            r"weights\[1\] must have the dtype of weights\[0\], torch.float32, got tor",
+        ),
         ([ONES, ONES.to("meta")], {}, ValueError, r"weights\[1\] must be on the device of weights\[0\], cpu, got meta"),
         ([ONES], {"beta": -1.0}, ValueError, "beta must be finite and not negative, got -1.0"),
         ([ONES], {"beta": float("inf")}, ValueError, "beta must be finite and not negative, got inf"),

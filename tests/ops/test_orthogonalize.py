@@ -31,7 +31,6 @@ SHAPES = [
     (17, 9), (9, 17), (12, 11),  # small: padded into one stack
     (1, 50),  # one row
     (50, 1),  # one column
-    (1, 1),
     (96, 192), (96, 192),  # of one shape: a stack
 ]  # fmt: skip
 LARGE = [
@@ -71,19 +70,22 @@ def run(weights: Sequence[Tensor], grads: Sequence[Tensor], backend: str, **call
 def plain_at_its_worst(
     weights: Sequence[Tensor], grads: Sequence[Tensor], exact: tuple[list[Tensor], ...], **call: Any
 ) -> tuple[list[Tensor], ...]:
-    """Plain PyTorch, for each result the worst of several runs with the elements of each row in another order.
+    """Plain PyTorch, for each result the worst of several runs on the same matrix, its columns mixed and scaled.
 
-    The result of a matrix with its columns in another order is the result with them in that order. The iteration lifts
-    rounding errors as it lifts small singular values, so that one run's error is many times another's.
+    The result is then the same, with its columns mixed. But the iteration lifts rounding errors as it lifts small
+    singular values, so that one run's error is many times another's.
     """
     worst: tuple[list[Tensor], ...] = ([], [])
     for i, (weight, grad) in enumerate(zip(weights, grads)):
         runs = []
-        for _ in range(4):
+        for _ in range(10):
             order = torch.randperm(weight[0].numel(), device=weight.device)
-            mixed = [t.flatten(1)[:, order] for t in (weight, grad)]
-            results = run(mixed[:1], mixed[1:], "reference", **call)
-            runs.append([r[0][:, order.argsort()].view(weight.shape) for r in results])
+            scale = 1 + torch.rand(()).item()
+            mixed = [t.float().flatten(1)[:, order] for t in (weight, grad)]
+            out, of_weight = run([mixed[0] * scale], [mixed[1]], "reference", **call)
+            runs.append(
+                [r[:, order.argsort()].view(weight.shape).to(weight.dtype) for r in (*out, of_weight[0] * scale)]
+            )
         for kept, right, found in zip(worst, exact, zip(*runs)):
             kept.append(max(found, key=lambda r: (r.double() - right[i]).abs().max().nan_to_num(0).item()))
     return worst
@@ -137,6 +139,14 @@ def test_the_result_is_the_polar_factor(backend: str, method: Any) -> None:
         torch.testing.assert_close(out.double(), polar(weight), rtol=0, atol=1e-6 * condition)
 
 
+@pytest.mark.parametrize("backend", ["reference", *KERNELS])
+def test_one_element_becomes_its_sign(backend: str) -> None:
+    weight = torch.tensor([[-3.0]], device="cuda" if backend == "cuda" else "cpu")
+    (out,), (grad,) = run([weight], [torch.ones_like(weight)], backend)
+    torch.testing.assert_close(out, weight.sign(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(grad, torch.zeros_like(weight), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", [(30, 30), (30, 31), (30, 90)], ids=str)
 def test_ill_conditioned(shape: tuple[int, int], method: Any) -> None:
@@ -154,7 +164,7 @@ def test_five_steps_of_small_values() -> None:
     s = torch.logspace(-3, 0, 10_000, dtype=torch.float64) / 1.02
     for a, b, c in TUNED:
         s = a * s + b * s**3 + c * s**5
-    assert 0.7 < s.min()
+    assert s.min() > 0.7
     assert s.max() < 1.2
     a, b, c = QUINTIC
     assert a + b + c == 1
@@ -274,7 +284,7 @@ def test_frozen_weights_cost_no_gradient() -> None:
 
 def test_each_result_is_its_own() -> None:
     """What stands beside a weight in the list changes no more than rounding."""
-    weights = [random(shape, torch.float32) for shape in SHAPES[:8]]
+    weights = [random(shape, torch.float32) for shape in SHAPES[:7]]
     together = orthogonalize(weights, backend="cpu")
     for weight, out in zip(weights, together):
         torch.testing.assert_close(out, orthogonalize([weight], backend="cpu")[0], rtol=0, atol=2e-6)
@@ -303,7 +313,7 @@ def test_compiles_into_one_graph() -> None:
 
 @pytest.mark.gpu
 def test_a_number_of_steps_can_be_captured() -> None:
-    weights = [random(shape, torch.float32, "cuda") for shape in SHAPES[:9]]
+    weights = [random(shape, torch.float32, "cuda") for shape in SHAPES[:8]]
     expected = orthogonalize([2 * w for w in weights], steps=6)
     orthogonalize(weights, steps=6)
     graph = torch.cuda.CUDAGraph()
@@ -348,7 +358,12 @@ ONES = torch.ones(2, 3)
         ([ONES, 1.0], {}, TypeError, r"weights\[1\] must be a tensor, got float"),
         ([ONES, torch.ones(3)], {}, ValueError, r"weights\[1\] must have two dimensions or more, got shape \(3,\)"),
         ([ONES.long()], {}, TypeError, r"weights\[0\] must be float32, .* got torch.int64"),
-        ([ONES, ONES.half()], {}, TypeError, r"weights\[1\] must have the dtype of weights\[0\], torch.float32, got tor"),
+        (
+            [ONES, ONES.half()],
+            {},
+            TypeError,
+            r"weights\[1\] must have the dtype of weights\[0\], torch.float32, got tor",
+        ),
         ([ONES, ONES.to("meta")], {}, ValueError, r"weights\[1\] must be on the device of weights\[0\], cpu, got meta"),
         ([ONES], {"steps": 0}, ValueError, "steps must be positive, got 0"),
         ([ONES], {"steps": 2.0}, TypeError, "steps must be an integer or None, got float"),

@@ -20,7 +20,7 @@ def orthogonal_regularization(
     gram: Literal["columns", "rows"] = "columns",
     backend: str | None = None,
 ) -> Tensor:
-    """The penalty that keeps vectors of a weight at right angles and leaves their lengths free (BigGAN, arXiv 1809.11096).
+    """The penalty that keeps vectors of a weight at right angles and lets their lengths be (BigGAN, arXiv 1809.11096).
 
     ``beta * sum over W of ||G o (1 - I)||_F^2`` with ``W`` the weight as an ``(out, prod(rest))`` matrix and
 

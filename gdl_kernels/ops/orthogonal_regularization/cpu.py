@@ -1,8 +1,8 @@
 """Runs on the matrix products that PyTorch carries: the smaller Gram matrix, half of its tiles, then one product.
 
-``V`` is a weight turned so that it is at least as wide as high, ``G = V V^T`` its smaller Gram matrix. Where the penalty
-is asked of G, it is the sum of squares off the diagonal. Where it is asked of ``V^T V``, it is ``||G||^2 - ||c||^2`` with
-``c_j = |v_j|^2`` for the columns of V, for the sum of squares of both Gram matrices is the same.
+``V`` is a weight turned so that it is at least as wide as high, ``G = V V^T`` its smaller Gram matrix. Where the
+penalty is asked of G, it is the sum of squares off the diagonal. Where it is asked of ``V^T V``, it is
+``||G||^2 - ||c||^2`` with ``c_j = |v_j|^2`` for the columns of V: the sum of squares of both Gram matrices is the same.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def orientation(rows: int, columns: int, of_columns: bool) -> tuple[bool, bool]:
 def turned(weight: Tensor, columns: bool, like: Tensor | None = None) -> tuple[Tensor, bool]:
     """V, and whether the penalty is asked of its rows."""
     matrix = _matrices.flattened(weight, like)
-    turn, of_rows = orientation(*matrix.shape, columns)
+    turn, of_rows = orientation(matrix.shape[0], matrix.shape[1], columns)
     return matrix.mT if turn else matrix, of_rows
 
 
@@ -46,12 +46,13 @@ def forward(
         gram = symmetric_product(values, values.mT)
         if of_rows:
             gram.diagonal(dim1=-2, dim2=-1).zero_()
-            value = gram.square().sum().item()
+            value: float | None = gram.square().sum().item()
         else:
             value = _difference(gram, _squared_norms(values)[1])
             if value is None:
                 wide = values.double()
                 value = _difference(symmetric_product(wide, wide.mT), _squared_norms(wide)[1])
+        assert value is not None  # in float64
         if not value < torch.inf:
             _matrices.name_not_finite(weights, group.indices)
         total += value
@@ -61,7 +62,13 @@ def forward(
 
 
 def backward(
-    grads: list[Tensor], grad: Tensor, weights: list[Tensor], kept: list[Tensor], beta: float, columns: bool, backend: str
+    grads: list[Tensor],
+    grad: Tensor,
+    weights: list[Tensor],
+    kept: list[Tensor],
+    beta: float,
+    columns: bool,
+    backend: str,
 ) -> None:
     scale = 4 * beta * grad.item()
     outputs = [turned(g, columns, weight)[0] for g, weight in zip(grads, weights)]
@@ -94,7 +101,7 @@ def _padded(group: Group, kept: Sequence[Tensor]) -> Tensor:
 
 
 def _squared_norms(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Of rows, ``[..., rows, 1]``, and columns, ``[..., 1, columns]``. In bands: sums of sums, and squares in the cache."""
+    """Of rows, ``[..., rows, 1]``, and columns, ``[..., 1, columns]``. In bands: their squares stay in the cache."""
     of_rows, of_columns = [], []
     for band in values.split(BAND, -2):
         squares = band.square()

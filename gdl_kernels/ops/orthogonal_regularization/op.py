@@ -102,9 +102,9 @@ def _gradient_of_backward(ctx: Any, cotangents: list[Tensor]) -> tuple[Any, ...]
 
 
 def _second(weight: Tensor, cotangent: Tensor, columns: bool) -> tuple[Tensor, Tensor]:
-    """``<v, D>`` and its derivative by W, with ``D`` the penalty's gradient over ``4 beta``: by the smaller side, too."""
+    """``<v, D>`` and its derivative by W, with ``D`` the penalty's gradient over ``4 beta``; by the smaller side."""
     w, v = (t.flatten(1).to(_matrices.wide_dtype(weight.dtype)) for t in (weight, cotangent))
-    turn, of_rows = orientation(*w.shape, columns)
+    turn, of_rows = orientation(w.shape[0], w.shape[1], columns)
     if turn:
         w, v = w.mT, v.mT
     gram, mixed = w @ w.mT, v @ w.mT

@@ -1,9 +1,9 @@
 """Orthogonal regularisation on the GPU: all weights of a list in a few launches.
 
 ``V`` is a weight turned to be at least as wide as high, ``G = V V^T``, as in ``cpu.py``. A program computes one tile of
-one G, on or below the diagonal, squares it and keeps it in registers; where a gradient will be asked for it also writes
-it, without the diagonal, to a packed list of tiles. The gradient's programs each own a tile of ``G V`` and walk a row of
-G, the tiles above the diagonal being those below, transposed. What is subtracted for the larger Gram matrix, and the
+one G, on or below the diagonal, and squares it in registers; where a gradient will be asked for it also writes it,
+without the diagonal, to a packed list of tiles. The gradient's programs each own a tile of ``G V`` and walk a row of G,
+the tiles above the diagonal being those below, transposed. What is subtracted for the larger Gram matrix, and the
 diagonal, are sums of squares of rows and columns, from a kernel of their own.
 
 What a program works on is in tables: a line for each weight, and one for each item of work. They depend on shapes
@@ -72,7 +72,7 @@ def _weight(addresses, table, weight, DTYPE: tl.constexpr, TURNED: tl.constexpr,
 
 @triton.jit
 def _load(base, rows, columns, stride, height, width, TURNED: tl.constexpr):
-    """A tile of V, [rows, columns]. Numbers next to each other in memory are those of a row, in a turned V of a column."""
+    """A tile of V, [rows, columns]. Next to each other in memory are numbers of a row, in a turned V of a column."""
     if TURNED:
         inside = (columns < width)[:, None] & (rows < height)[None, :]
         tile = tl.trans(tl.load(base + columns.to(tl.int64)[:, None] * stride + rows[None, :], mask=inside, other=0.0))
@@ -278,7 +278,7 @@ class Call:
             matrix = _matrices.flattened(weight)
             if matrix.stride(1) != 1 and matrix.shape[1] != 1:
                 matrix = matrix.contiguous()
-            turn, of_rows = orientation(*matrix.shape, columns)
+            turn, of_rows = orientation(matrix.shape[0], matrix.shape[1], columns)
             height, width = matrix.shape[::-1] if turn else matrix.shape
             stride, out_stride = matrix.stride(0), matrix.shape[1]
             # The gradient's rows are in one piece from the first to the last: their length is its stride.
@@ -355,7 +355,13 @@ def forward(
 
 
 def backward(
-    grads: list[Tensor], grad: Tensor, weights: list[Tensor], kept: list[Tensor], beta: float, columns: bool, backend: str
+    grads: list[Tensor],
+    grad: Tensor,
+    weights: list[Tensor],
+    kept: list[Tensor],
+    beta: float,
+    columns: bool,
+    backend: str,
 ) -> None:
     with _on(grad.device):
         call = Call(weights, columns)

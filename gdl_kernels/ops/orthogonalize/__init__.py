@@ -26,8 +26,8 @@ def orthogonalize(
     high, divided by a bound of its largest singular value: the root of the largest row sum of ``|W W^T|``. Then, again
     and again,
 
-    - ``method="polar"``: ``X <- (a I + b X X^T + c (X X^T)^2) X``, five times with coefficients that lift small singular
-      values fastest ("Polar Express", arXiv 2505.16932), with 2 % kept between X and the bound; from then on with
+    - ``method="polar"``: ``X <- (a I + b X X^T + c (X X^T)^2) X``, five times with coefficients that lift small
+      singular values fastest ("Polar Express", arXiv 2505.16932), with 2 % kept between X and the bound; from then on with
       ``(15, -10, 3) / 8``;
     - ``method="bjorck"``: ``X <- (3/2 I - 1/2 X X^T) X``, which lifts the smallest by half at a time.
 

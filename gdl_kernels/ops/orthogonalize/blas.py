@@ -1,7 +1,7 @@
-"""Runs on the matrix products that PyTorch carries, on any device: stacks of matrices, and polynomials of Gram matrices.
+"""Runs on the matrix products that PyTorch carries, on any device: stacks of matrices, polynomials of Gram matrices.
 
 Several steps of the iteration on a wide ``X`` are one: ``X_k = P X`` with P a polynomial of ``A = X X^T``. With
-``B = a I + b A + c A^2`` a step is ``P <- B P``, ``A <- B A B``, all of them small, symmetric and functions of the one A.
+``B = a I + b A + c A^2`` a step is ``P <- B P``, ``A <- B A B``, all of them small, symmetric, functions of the one A.
 So X is read twice in a round of steps, not in each. A round squares the condition number: small singular values of X
 are known to it as squares. New rounds start from the X that the last one made.
 """

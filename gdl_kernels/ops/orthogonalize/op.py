@@ -25,7 +25,7 @@ def _reasons(device: str) -> _backends.Reasons:
 
 
 def _examples() -> Iterator[_backends.Example]:
-    """Wide, high and nearly square; small ones in one stack, one that is tiled, one steps of which are taken together."""
+    """Wide, high and nearly square: steps one by one and in rounds; small ones in one stack, one that is tiled."""
     shapes = [(24, 8, 3, 3), (100, 20), (1, 40), (40, 1), (20, 70), (31, 66), (400, 900), (70, 100)]
     for method, steps in (("polar", None), ("polar", 5), ("bjorck", None)):
         weights = [torch.randn(shape).requires_grad_() for shape in shapes]
@@ -76,9 +76,7 @@ def _gradient_of_backward(ctx: Any, cotangents: list[Tensor]) -> tuple[Any, ...]
         for grad, weight, cotangent in zip(grads, weights, cotangents):
             out = reference.orthogonalize(weight, steps, method)
             (first,) = torch.autograd.grad(out, weight, grad, create_graph=True)
-            found += torch.autograd.grad(
-                first, (grad, weight), cotangent, create_graph=higher, materialize_grads=True
-            )
+            found += torch.autograd.grad(first, (grad, weight), cotangent, create_graph=higher, materialize_grads=True)
     return found[::2], found[1::2], None, None, None
 
 
