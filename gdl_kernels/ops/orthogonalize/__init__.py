@@ -27,8 +27,8 @@ def orthogonalize(
     and again,
 
     - ``method="polar"``: ``X <- (a I + b X X^T + c (X X^T)^2) X``, five times with coefficients that lift small
-      singular values fastest ("Polar Express", arXiv 2505.16932), with 2 % kept between X and the bound; from then on with
-      ``(15, -10, 3) / 8``;
+      singular values fastest ("Polar Express", arXiv 2505.16932), with 2 % kept between X and the bound; from then on
+      with ``(15, -10, 3) / 8``;
     - ``method="bjorck"``: ``X <- (3/2 I - 1/2 X X^T) X``, which lifts the smallest by half at a time.
 
     Args:
