@@ -82,7 +82,7 @@ def _load(base, rows, columns, stride, height, width, TURNED: tl.constexpr):
     return tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["partials"])
 def _gram(
     addresses, table, items, partials, tiles,
     KEEP: tl.constexpr, TURNED: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr, STEP: tl.constexpr,
@@ -108,7 +108,7 @@ def _gram(
         tl.store(place + inner[:, None] * T + inner[None, :], tl.where(off, tile, 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["partials"])
 def _norms(
     addresses, table, items, partials, norms,
     TURNED: tl.constexpr, ALIGNED: tl.constexpr, SUMMED: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr,
