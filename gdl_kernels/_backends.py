@@ -62,11 +62,13 @@ class Example:
     """A small call of an op's public function, on which ``python -m gdl_kernels verify`` checks its kernels.
 
     Tensors that require a gradient are cast to each dtype and differentiated; the others are passed as they are.
+    ``lifted``: how many times over the op amplifies rounding errors on their way to its results.
     """
 
     name: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    lifted: int = 1
 
 
 #: Makes an op's examples from fresh random numbers.

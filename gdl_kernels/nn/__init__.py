@@ -9,6 +9,7 @@ from .conditional_batch_norm import (
 )
 from .key_value_cache import KeyValueCache
 from .minibatch_stddev import MinibatchStdDev
+from .orthogonal_norm import OrthogonalNorm, init_orthogonal_, orthogonal_norm
 from .pixel_norm import PixelNorm
 from .sparse_self_attention import SparseSelfAttention
 from .style_epilogue import StyleEpilogue
@@ -21,8 +22,11 @@ __all__ = [
     "ConditionalBatchNorm3d",
     "KeyValueCache",
     "MinibatchStdDev",
+    "OrthogonalNorm",
     "PixelNorm",
     "SparseSelfAttention",
     "StyleEpilogue",
+    "init_orthogonal_",
+    "orthogonal_norm",
     "standing_statistics",
 ]
