@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 #: Every backend by name. ``reference`` is plain PyTorch and serves every call.
 BACKENDS = ("reference", "cpu", "cuda", "triton")
@@ -172,7 +173,7 @@ def explain(op: str | Callable[..., Any], *args: Any, backend: str | None = None
     if name not in _ops:
         raise ValueError(f"op must be one of {', '.join(sorted(_ops))}, got {name!r}")
     choices = _ops[name]
-    tensor = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
+    tensor = next((a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)), None)
     if tensor is None:
         raise ValueError(f"explain({name!r}, ...) needs the tensors that {name} would be called with")
     with warnings.catch_warnings():

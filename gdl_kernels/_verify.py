@@ -129,7 +129,11 @@ def _run(
     ]
     first = torch.autograd.grad(differentiable, leaves, cotangents, create_graph=True)
     again = [torch.randn(g.shape, generator=generator).to(rounded).to(device, g.dtype) for g in first]
-    second = torch.autograd.grad(first, leaves, again)
+    # The gradient of a bias depends on nothing that is differentiated by, and nothing on a bias.
+    dependent = [(gradient, v) for gradient, v in zip(first, again) if gradient.requires_grad]
+    second = torch.autograd.grad(
+        [gradient for gradient, _ in dependent], leaves, [v for _, v in dependent], materialize_grads=True
+    )
     named = {f"output {i}": output for i, output in enumerate(outputs)}
     named |= {f"gradient {i}": gradient for i, gradient in enumerate(first)}
     return named | {f"second gradient {i}": gradient for i, gradient in enumerate(second)}

@@ -2,6 +2,8 @@
 //
 //   dscale = sum g hh, dshift = sum g
 //   dx = M scale rstd (g - m_g - hh m_ghh), dweight = sum dx noise, dbias = sum dx
+//
+// The mean was rounded, so hh is off by its own mean, which is taken from it.
 #include "adain_planes.cuh"
 
 namespace gdl {
@@ -9,11 +11,24 @@ namespace {
 
 using std::int64_t;
 
+// Of g, g hh and hh.
+template <int W>
+struct GradientSums {
+  Sums<W> of_g;
+  float h[W];
+
+  __device__ void add(const GradientSums& other) {
+    of_g.add(other.of_g);
+#pragma unroll
+    for (int w = 0; w < W; ++w) h[w] += other.h[w];
+  }
+};
+
 template <typename T, int V, int W, bool kActive>
 struct Backward {
   using Arguments = AdainBackward;
-  using Totals = Sums<W>;  // of g and g hh
-  using After = Sums<W>;   // of dx noise and dx
+  using Totals = GradientSums<W>;
+  using After = Sums<W>;  // of dx noise and dx
   static constexpr bool kAfter = kActive, kWrites = true;
   static constexpr int kThreads = W == 1 ? 1024 : 256;
   static constexpr int K = V == 1 ? 2 : 8 / V;
@@ -66,29 +81,34 @@ struct Backward {
     return (epilogue.activated(u(k, j)) - mean[plane_of<W>(j)]) * rstd[plane_of<W>(j)];
   }
 
-  // The g of vectors that the batch does not have is zero.
   __device__ void add_totals(Totals& totals) const {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
+      if (!batch.has(k)) continue;
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        totals.a[plane_of<W>(j)] += g(k, j);
-        totals.b[plane_of<W>(j)] += g(k, j) * normalised(k, j);
+        const int w = plane_of<W>(j);
+        totals.of_g.a[w] += g(k, j);
+        totals.of_g.b[w] += g(k, j) * normalised(k, j);
+        totals.h[w] += normalised(k, j);
       }
     }
   }
 
   __device__ void settle(const Totals& totals, bool leads) {
     read_planes<W>(arguments.modulation.scale, plane, of_g);
+    float of_scale[W];
 #pragma unroll
     for (int w = 0; w < W; ++w) {
+      const float offset = totals.h[w] * per_pixel;
+      of_scale[w] = totals.of_g.b[w] - offset * totals.of_g.a[w];
       of_g[w] *= rstd[w];
-      of_one[w] = -of_g[w] * totals.a[w] * per_pixel;
-      of_h[w] = -of_g[w] * totals.b[w] * per_pixel;
+      of_h[w] = -of_g[w] * of_scale[w] * per_pixel;
+      of_one[w] = -of_g[w] * totals.of_g.a[w] * per_pixel - of_h[w] * offset;
     }
     if (!leads) return;
-    write_planes<W>(totals.a, plane, arguments.gradients.shift);
-    write_planes<W>(totals.b, plane, arguments.gradients.scale);
+    write_planes<W>(totals.of_g.a, plane, arguments.gradients.shift);
+    write_planes<W>(of_scale, plane, arguments.gradients.scale);
     if constexpr (!kActive) finish(After{});
   }
 

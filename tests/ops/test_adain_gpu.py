@@ -67,8 +67,8 @@ def captured(call: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, li
     return graph, out
 
 
-# What a plane is shared among changes with its pixels: threads of a warp, of a block, blocks of a cluster, blocks of two
-# launches. These are the limits of each pass on an H100 or H200, the last that fits and the next.
+# What a plane is shared among changes with its pixels: threads of a warp, of a block, blocks of a cluster, blocks of
+# two launches. These are the limits of each pass on an H100 or H200, the last that fits and the next.
 PLANES = [
     (2, 600, 64),  # several planes in a warp
     (3, 700, 1024),  # one warp to a plane
