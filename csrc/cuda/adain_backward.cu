@@ -30,8 +30,8 @@ struct Backward {
   using Totals = GradientSums<W>;
   using After = Sums<W>;  // of dx noise and dx
   static constexpr bool kAfter = kActive, kWrites = true;
-  static constexpr int kThreads = W > 1 ? 256 : kActive ? 512 : 1024;  // as many registers as a thread needs
-  static constexpr int K = V == 1 ? 4 : 8 / V;
+  static constexpr int kThreads = W == 1 ? 1024 : 256;
+  static constexpr int K = V == 1 ? 2 : 8 / V;
   static constexpr Capacity kCapacity{V, W, 2, K, kThreads, kRecordBytes<kThreads, Totals, After>};
 
   const Arguments& arguments;
@@ -139,7 +139,8 @@ struct Backward {
 cudaError_t adain_backward(const std::string& dtype, Images images, const AdainBackward& arguments,
                            const Scratch& scratch, cudaStream_t stream) {
   const Prologue& prologue = arguments.prologue;
-  return choose(dtype, images, {arguments.grad, arguments.x, read_only(arguments.dx)}, prologue.noise, [&](auto choice) {
+  const auto tensors = {arguments.grad, arguments.x, read_only(arguments.dx)};
+  return choose(dtype, images, tensors, prologue.noise, [&](auto choice) {
     using C = decltype(choice);
     return prologue.active
                ? launch<Backward<typename C::T, C::V, C::W, true>>(arguments, images, scratch, stream)

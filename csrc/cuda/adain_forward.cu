@@ -10,7 +10,7 @@ using std::int64_t;
 template <int V, int W>
 constexpr int kThreadsOf = W == 1 ? 1024 : 512;
 template <int V, int W>
-constexpr Capacity kCapacityOf{V, W, 1, V == 1 ? 8 : 16 / V, kThreadsOf<V, W>,
+constexpr Capacity kCapacityOf{V, W, 1, V == 1 ? 4 : 16 / V, kThreadsOf<V, W>,
                                kRecordBytes<kThreadsOf<V, W>, Moments<W>, Nothing>};
 
 // What is read of the planes, and the moments of it.
@@ -26,8 +26,8 @@ struct Moved {
   __device__ Moved(const Lines<const void>& lines, const Prologue& prologue, const Split& split, const Place& place)
       : x(lines, split.channels_last, place), epilogue(prologue, place) {
     float first[V];
-    widen(gdl::load<V>(x.at(0)), first);
-    activate(0, first);
+    widen(gdl::load<V>(x.at(-place.first)), first);
+    activate(-place.first, first);
 #pragma unroll
     for (int w = 0; w < W; ++w) pivot[w] = first[w];
   }

@@ -1,7 +1,7 @@
 // Standard normal noise from a counter, by the transform of Box and Muller.
 //
-// Counter (q, image) gives four normal numbers, those of the pixels q, Q + q, 2 Q + q and 3 Q + q of a quarter's size Q:
-// so neighbouring threads write neighbouring numbers.
+// Counter (q, image) gives four normal numbers, those of the pixels q, Q + q, 2 Q + q and 3 Q + q, where Q is a quarter
+// of the pixels, rounded up: so neighbouring threads write neighbouring numbers.
 #include "adain.h"
 #include "philox.cuh"
 

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <initializer_list>
 #include <type_traits>
 
 #include "adain.h"
@@ -29,9 +30,8 @@ enum class Step {
 struct Place {
   std::int64_t image, channel, plane;
   std::int64_t first;  // its first vector
-  int left;            // from there to the chunk's end
-  std::int64_t group;
-  int block, slot, member;
+  int end;             // of the chunk, counted from there
+  int group, block, slot, member;
   bool exists;
 
   __device__ bool leads() const { return exists && member == 0 && block == 0; }
@@ -47,19 +47,19 @@ __device__ inline Place place_of(const Images& images, const Split& split, int p
   const int low = threadIdx.x & (inner - 1), high = threadIdx.x >> inner_log;
   place.slot = split.channels_last ? low : high;
   place.member = split.channels_last ? high : low;
-  std::int64_t unit = place.group * split.slots + place.slot;
+  std::int64_t unit = std::int64_t{place.group} * split.slots + place.slot;
   place.exists = unit < split.units;
   if (!place.exists) unit = 0;
   place.plane = unit * planes;
   place.image = place.plane / images.channels;
   place.channel = place.plane - place.image * images.channels;
   place.first = place.block * std::int64_t{split.chunk} + place.member;
-  const std::int64_t left = min(split.vectors, (place.block + 1) * std::int64_t{split.chunk}) - place.first;
-  place.left = place.exists ? static_cast<int>(left) : 0;
+  const std::int64_t end = min(split.vectors, (place.block + 1) * std::int64_t{split.chunk}) - place.first;
+  place.end = place.exists ? static_cast<int>(end) : 0;
   return place;
 }
 
-// The vectors of a unit in memory.
+// The vectors of a unit in memory, from the thread's first on.
 template <typename T, int V, int W>
 struct Walk {
   T* first;
@@ -70,6 +70,7 @@ struct Walk {
     const Lines<T> typed{static_cast<T*>(lines.data), lines.image, lines.line};
     first = channels_last ? typed.at(place.image, 0) + place.channel : typed.at(place.image, place.channel);
     step = channels_last ? lines.line : V;
+    first = at(place.first);
   }
 
   __device__ T* at(std::int64_t vector) const { return first + vector * (V > 1 && W == 1 ? V : step); }
@@ -94,13 +95,13 @@ __device__ void write_planes(const float (&numbers)[W], std::int64_t first, floa
   for (int w = 0; w < W; ++w) out[first + w] = numbers[w];
 }
 
-// The vectors that a thread has in registers: `apart` from one to the next, `left` from the first to the chunk's end.
+// The vectors that a thread has in registers, counted from its own first: `apart` from one to the next, up to the
+// chunk's `end`.
 struct Batch {
-  std::int64_t first;
-  int left, apart;
+  int first, end, apart;
 
-  __device__ bool has(int k) const { return k * apart < left; }
-  __device__ std::int64_t at(int k) const { return first + static_cast<std::int64_t>(k) * apart; }
+  __device__ bool has(int k) const { return at(k) < end; }
+  __device__ int at(int k) const { return first + k * apart; }
 };
 
 template <int V, int K, int W, typename T>
@@ -121,7 +122,8 @@ struct Epilogue {
 
   __device__ Epilogue(const Prologue& prologue, const Place& place) {
     if constexpr (kActive) {
-      noise = prologue.noise == nullptr ? nullptr : prologue.noise + place.image * prologue.image;
+      noise = prologue.noise;
+      if (noise != nullptr) noise += place.image * prologue.image + place.first * kNoise<V, W>;
       read_planes<W>(prologue.weight, place.channel, weight);
       read_planes<W>(prologue.bias, place.channel, bias);
       slope = prologue.slope;
@@ -184,20 +186,20 @@ struct Epilogue {
 template <int kThreads, typename Totals, typename After>
 constexpr int kRecordBytes = (sizeof(Totals) + sizeof(After)) * (kThreads / kWarp) * kMostSlots;
 
-// Moves a batch's values between registers and shared memory, where each thread has places of its own: `round` counts
-// its vectors. Neighbouring threads' places of 16 bytes are neighbours.
+// Moves a batch's values between registers and shared memory, where each thread has places of its own. Those of
+// neighbouring threads, 16 bytes each, are neighbours.
 template <bool kStore, int kArrays, int K, int V>
-__device__ void move_values(float (&values)[kArrays][K][V], float* shared, int round) {
+__device__ void move_values(float (&values)[kArrays][K][V], float* shared, int vector) {
   using Piece = std::conditional_t<V % 4 == 0, float4, float>;
   constexpr int kPieces = V * sizeof(float) / sizeof(Piece);
-  Piece* pieces = reinterpret_cast<Piece*>(shared) + threadIdx.x;
+  Piece* pieces = reinterpret_cast<Piece*>(shared) + vector * (kArrays * kPieces) + threadIdx.x;
 #pragma unroll
   for (int k = 0; k < K; ++k)
 #pragma unroll
     for (int a = 0; a < kArrays; ++a)
 #pragma unroll
       for (int p = 0; p < kPieces; ++p) {
-        Piece& there = pieces[(((round + k) * kArrays + a) * kPieces + p) * blockDim.x];
+        Piece& there = pieces[((k * kArrays + a) * kPieces + p) * blockDim.x];
         Piece& here = reinterpret_cast<Piece*>(values[a][k])[p];
         if (kStore)
           there = here;
@@ -218,7 +220,9 @@ __global__ void __launch_bounds__(Pass::kCapacity.threads, 1)
   const bool whole = step == Step::kAfter || (step == Step::kOutputs && !Pass::kWrites);
   const Place place = place_of(images, split, Pass::kCapacity.planes, block, whole ? 1 : split.blocks);
   const int stride = split.channels_last ? split.slots : 1, cluster = step == Step::kAll ? split.blocks : 1;
-  const auto record = [&](int b) { return (place.group * split.blocks + b) * split.slots + place.slot; };
+  const auto record = [&](int b) {
+    return (std::int64_t{place.group} * split.blocks + b) * split.slots + place.slot;
+  };
 
   if constexpr (Pass::kAfter) {
     if (step == Step::kAfter) {
@@ -235,12 +239,9 @@ __global__ void __launch_bounds__(Pass::kCapacity.threads, 1)
   float* kept = reinterpret_cast<float*>(shared);
   Pass pass(arguments, split, place);
   const auto for_each_batch = [&](auto f) {
-    Batch batch{place.first, place.left, split.members};
+    Batch batch{0, place.end, split.members};
 #pragma unroll 1
-    for (int round = 0; batch.left > 0; round += kBatch) {
-      f(batch, round);
-      batch.first += kBatch * split.members, batch.left -= kBatch * split.members;
-    }
+    for (; batch.first < batch.end; batch.first += kBatch * split.members) f(batch);
   };
 
   Totals totals{};
@@ -248,10 +249,10 @@ __global__ void __launch_bounds__(Pass::kCapacity.threads, 1)
     for (int b = place.member; b < split.blocks; b += split.members)
       totals.add(reinterpret_cast<const Totals*>(chunks.totals)[record(b)]);
   } else {
-    for_each_batch([&](const Batch& batch, int round) {
+    for_each_batch([&](const Batch& batch) {
       pass.load(batch);
       pass.add_totals(totals);
-      if (Pass::kWrites && step == Step::kAll) move_values<true>(pass.values, kept, round);
+      if (Pass::kWrites && step == Step::kAll) move_values<true>(pass.values, kept, batch.first * split.slots);
     });
   }
   merge_members<0, kThreads>(totals, split.members, stride, cluster);
@@ -263,10 +264,10 @@ __global__ void __launch_bounds__(Pass::kCapacity.threads, 1)
   pass.settle(totals, place.leads());
   if constexpr (Pass::kWrites) {
     After after{};
-    for_each_batch([&](const Batch& batch, int round) {
+    for_each_batch([&](const Batch& batch) {
       if (step == Step::kAll) {
         pass.batch = batch;
-        move_values<false>(pass.values, kept, round);
+        move_values<false>(pass.values, kept, batch.first * split.slots);
       } else {
         pass.load(batch);
       }

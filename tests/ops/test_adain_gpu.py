@@ -68,38 +68,40 @@ def captured(call: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, li
 
 
 # What a plane is shared among changes with its pixels: threads of a warp, of a block, blocks of a cluster, blocks of
-# two launches. Where, depends on the pass: these are about its limits on a GPU with clusters, the last that fits, and
-# the next.
+# two launches. These are the limits of each pass on an H100 or H200, the last that fits and the next.
 PLANES = [
     (2, 600, 64),  # several planes in a warp
-    (2, 600, 2048),  # the last with one warp to a plane, forward
-    (2, 600, 2056),
-    (2, 70, 16384),  # one block to a plane, forward
-    (2, 70, 16392),  # two
+    (3, 700, 1024),  # one warp to a plane
+    (2, 140, 16384),  # one block to a plane, forward
+    (2, 140, 16392),  # two
     (1, 2, 16384),  # as many blocks as a cluster has, because there are few planes
-    (1, 2, 65536),  # the last in a cluster, double backward
-    (1, 2, 65544),
-    (1, 2, 131072),  # the last in a cluster, backward
+    (1, 2, 131072),  # the last in a cluster, double backward
     (1, 2, 131080),
-    (1, 2, 262144),  # the last in a cluster, forward
-    (1, 2, 262152),
-    (1, 2, 262145),  # which no vector divides
-    (1, 1, 2_200_000),  # more tiles than blocks share a plane
+    (1, 2, 196608),  # the last in a cluster, backward
+    (1, 2, 196616),
+    (1, 2, 393216),  # the last in a cluster, forward
+    (1, 2, 393224),
+    (1, 2, 393225),  # which no vector divides
+    (1, 1, 2_200_000),  # more than its blocks load at a time
 ]
 # With channels last a block has 128 bytes of channels: fewer pixels fit.
 LAST_PLANES = [
     (3, 70, 16),  # a group of channels in two images
     (2, 512, 256),
-    (1, 64, 512),  # the last in a cluster, double backward in 16 bit
-    (1, 64, 520),
-    (1, 64, 1024),  # the last in a cluster, backward in 16 bit and double backward in float32
-    (1, 64, 1032),
-    (1, 64, 2048),  # the last in a cluster, forward in 16 bit and backward in float32
+    (1, 64, 2048),  # the last in a cluster, double backward in 16 bit
     (1, 64, 2056),
-    (1, 64, 4096),  # the last in a cluster, forward in float32
-    (1, 64, 4104),
+    (1, 64, 3328),  # backward in 16 bit
+    (1, 64, 3336),
+    (1, 64, 4608),  # double backward in float32
+    (1, 64, 4616),
+    (1, 64, 6144),  # forward in 16 bit
+    (1, 64, 6152),
+    (1, 64, 6656),  # backward in float32
+    (1, 64, 6664),
+    (1, 64, 12288),  # forward in float32
+    (1, 64, 12296),
     (1, 3, 40000),  # which no vector divides
-    (1, 8, 600_000),  # more tiles than blocks share a plane
+    (1, 8, 600_000),  # more than its blocks load at a time
 ]
 CASES = [("contiguous", shape) for shape in PLANES] + [("channels last", shape) for shape in LAST_PLANES]
 
