@@ -140,7 +140,7 @@ def test_noise_that_is_not_aligned() -> None:
     torch.testing.assert_close(epilogue(leaves), epilogue(leaves, "reference"), rtol=1e-4, atol=1e-4)
 
 
-# The first two are one launch each; the last are two or three, with memory between them.
+# The first two are one launch each; the gradients of the last are three, with memory between them.
 GRAPH_PLANES = [(4, 64, 16, 16), (1, 2, 256, 256), (1, 2, 600, 600)]
 
 
