@@ -63,10 +63,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     x, scale, mean, rstd, noise, seed, noise_weight, channel_bias = ctx.saved_tensors
+    dtype = x.dtype
+    if ctx.needs_input_grad[3]:  # its gradient is a sum over dx, which must not have been rounded
+        grad, x = grad.to(noise.dtype), x.to(noise.dtype)
     dx, dscale, dbias, dweight, dchannel = backward(
         grad, x, scale, mean, rstd, noise, seed, noise_weight, channel_bias, *ctx.call
     )
     dnoise = _noise_gradient(noise, noise_weight, dx) if ctx.needs_input_grad[3] else None
+    dx = dx.to(dtype)
     dweight = dweight.sum(0) if ctx.needs_input_grad[5] else None
     dchannel = dchannel.sum(0) if ctx.needs_input_grad[6] else None
     return dx, dscale, dbias, dnoise, None, dweight, dchannel, None, None, None
@@ -74,7 +78,7 @@ def _gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
 
 def _noise_gradient(noise: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
     """From the gradient of x: noise reaches every channel of its image, with a weight ``(C,)`` or ``(N, C)``."""
-    weighted = gradient.to(noise.dtype) * planes(weight, noise)
+    weighted = gradient * planes(weight, noise)
     return weighted.sum((0, 1) if noise.shape[0] == 1 else 1, keepdim=True).reshape(noise.shape)
 
 
@@ -86,7 +90,10 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _gradient_of_backward(ctx: Any, v: Tensor, *v_planes: Tensor) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
-    noise, noise_weight = tensors[5], tensors[7]
+    noise, noise_weight, dtype = tensors[5], tensors[7], tensors[1].dtype
+    if ctx.needs_input_grad[5]:
+        v, grad, x = (t.to(noise.dtype) for t in (v, *tensors[:2]))
+        tensors = grad, x, *tensors[2:]
     grad_grad, grad_x, grad_scale, grad_weight, grad_channel = double_backward(v, *v_planes, *tensors, *ctx.call)
     grad_noise = None
     if ctx.needs_input_grad[5]:
@@ -95,6 +102,7 @@ def _gradient_of_backward(ctx: Any, v: Tensor, *v_planes: Tensor) -> tuple[Any, 
         grad_noise = _noise_gradient(noise, noise_weight, grad_x) + _noise_gradient(noise, v_planes[2], dx)
     grad_weight = grad_weight.sum(0) if ctx.needs_input_grad[7] else None
     grad_channel = grad_channel.sum(0) if ctx.needs_input_grad[8] else None
+    grad_grad, grad_x = grad_grad.to(dtype), grad_x.to(dtype)
     return grad_grad, grad_x, grad_scale, None, None, grad_noise, None, grad_weight, grad_channel, None, None, None
 
 
