@@ -83,7 +83,7 @@ def direct(weight: Tensor, gram: str) -> tuple[Tensor, Tensor]:
 def check(weights: Sequence[Tensor], backend: str, **call: Any) -> None:
     ours, plain = run(weights, backend, **call), run(weights, "reference", **call)
     exact = run([w.double() for w in weights], "reference", **call)
-    assert_accurate(ours[0], plain[0], exact[0], "penalty")
+    assert_accurate(ours[0], plain[0], exact[0], "penalty", ulps=8)  # one number, which plain PyTorch may have by luck
     for weight, *grads in zip(weights, ours[1], plain[1], exact[1]):
         # Of many small matrices plain PyTorch has some by luck to the last place.
         assert_accurate(*grads, what=f"gradient of {tuple(weight.shape)}", ulps=4)
