@@ -89,7 +89,7 @@ def run(call: str, x: Tensor, p: dict[str, Tensor], grad: Tensor, backend: str) 
 
 
 def steps(call: str, x: Tensor, p: dict[str, Tensor], grad: Tensor) -> Tensor:
-    """``scale rstd grad``, which dx is what is left of."""
+    """``scale rstd grad``, which dx is what is left of; of the numbers themselves, what y is left of."""
     h = x.double().flatten(2)
     if "noise_weight" in p:
         noise = p["noise"][:1] if call == "shared noise" else p["noise"]
@@ -110,7 +110,8 @@ def check(
     p = parameters(call, x) if p is None else p
     ours, plain = run(call, x, p, grad, backend), run(call, x, p, grad, "reference")
     exact = run(call, x.double(), {name: t.double() for name, t in p.items()}, grad.double(), "reference")
-    assert_accurate(ours["y"], plain["y"], exact["y"], "y")
+    rounded = steps(call, x, p, x.abs() + 1).flatten()
+    assert_accurate(ours["y"], plain["y"], exact["y"], "y", terms=torch.cat([exact["y"].flatten(), rounded]))
     # dx is what is left of scale rstd g without its mean and its part along h; the others are sums of dx, or of g,
     # whose rounding errors add up as a random walk does.
     step = torch.cat([steps(call, x, p, grad).flatten(), grad.double().abs().flatten()])
