@@ -99,3 +99,7 @@ class OpBenchmark(Protocol):
 
     def bars(self, results: Sequence[Result]) -> list[Bar]:
         """What is asked of the op, beside what was measured."""
+
+
+def short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]

@@ -44,3 +44,20 @@ def memory_read(count: int, sets: int) -> Callable[[torch.dtype, torch.device], 
         return Ceiling(f"read of {count / 1e6:.3g} MB", lambda: next(turn) @ vector, bytes=stretches[0].nbytes)
 
     return ceiling
+
+
+def memory_copy(count: int, sets: int) -> Callable[[torch.dtype, torch.device], Ceiling]:
+    """Copying ``count`` bytes, each call from the next of ``sets`` such stretches of memory into another of them."""
+
+    def ceiling(dtype: torch.dtype, device: torch.device) -> Ceiling:
+        stretches = torch.ones(sets, count, dtype=torch.uint8, device=device)
+        # Into one that was read a while ago, which will be read again in a while.
+        turn = itertools.cycle([(stretches[i], stretches[(i + sets // 2) % sets]) for i in range(sets)])
+
+        def copy() -> Tensor:
+            source, target = next(turn)
+            return target.copy_(source)
+
+        return Ceiling(f"copy of {count / 1e6:.3g} MB", copy, bytes=2.0 * count)
+
+    return ceiling

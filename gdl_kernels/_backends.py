@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 #: Every backend by name. ``reference`` is plain PyTorch and serves every call.
 BACKENDS = ("reference", "cpu", "cuda", "triton")
@@ -61,11 +62,13 @@ class Example:
     """A small call of an op's public function, on which ``python -m gdl_kernels verify`` checks its kernels.
 
     Tensors that require a gradient are cast to each dtype and differentiated; the others are passed as they are.
+    ``lifted``: how many times over the op amplifies rounding errors on their way to its results.
     """
 
     name: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    lifted: int = 1
 
 
 #: Makes an op's examples from fresh random numbers.
@@ -172,7 +175,7 @@ def explain(op: str | Callable[..., Any], *args: Any, backend: str | None = None
     if name not in _ops:
         raise ValueError(f"op must be one of {', '.join(sorted(_ops))}, got {name!r}")
     choices = _ops[name]
-    tensor = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
+    tensor = next((a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)), None)
     if tensor is None:
         raise ValueError(f"explain({name!r}, ...) needs the tensors that {name} would be called with")
     with warnings.catch_warnings():

@@ -7,9 +7,12 @@ is read where it is.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from . import _native
 
 
 class Lines(NamedTuple):
@@ -29,16 +32,42 @@ def channels_last(x: Tensor) -> bool:
     return x.shape[1] > 1 and x.stride(1) == 1
 
 
-def empty_like(x: Tensor) -> Tensor:
-    """Memory for an output like ``x``: dense, with channels last where ``x`` has them last."""
+def empty_like(x: Tensor, channels: int | None = None) -> Tensor:
+    """Memory for an output like ``x``, or with other channels: dense, channels last where ``x`` has them last."""
+    channels = x.shape[1] if channels is None else channels
     if channels_last(x):
-        return x.new_empty(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
-    return x.new_empty(x.shape)
+        return x.new_empty(x.shape[0], *x.shape[2:], channels).movedim(-1, 1)
+    return x.new_empty(x.shape[0], channels, *x.shape[2:])
 
 
 def shape(x: Tensor) -> tuple[int, int, int]:
     """(N, C, pixels)."""
     return x.shape[0], x.shape[1], math.prod(x.shape[2:])
+
+
+def cpu_reasons(x: Tensor, *_: Any, **__: Any) -> list[str]:
+    """Why the C++ kernels of an op on images can't serve a call; empty if they can."""
+    return _native.missing("cpu") + ([f"x is on {x.device}"] if x.device.type != "cpu" else [])
+
+
+def cuda_reasons(x: Tensor, *_: Any, **__: Any) -> list[str]:
+    """Why the CUDA kernels can't."""
+    reasons = _native.missing("cuda")
+    if x.device.type != "cuda":
+        reasons.append(f"x is on {x.device}")
+    if x.dtype == torch.float64:
+        reasons.append("x is float64")
+    return reasons
+
+
+def triton_reasons(x: Tensor, *_: Any, **__: Any) -> list[str]:
+    """Why the Triton kernels can't."""
+    reasons = _native.missing("triton")
+    if x.device.type != "cuda" and not (_native.interpreting() and x.device.type == "cpu"):
+        reasons.append(f"x is on {x.device}")
+    if x.dtype == torch.float64:
+        reasons.append("x is float64")
+    return reasons
 
 
 def lines(x: Tensor, last: bool) -> Lines:

@@ -8,10 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _native
+
+#: Outputs of at least so many bytes are asked for in pages of 2 MB: the C library may take such memory from the system,
+#: and give it back, at every call.
+HUGE_BYTES = 2 * 2**20
+
 _library = torch.library.Library("gdl_kernels", "DEF")
 
+#: One output is a tensor, several are a tuple; a tensor list of the schema, ``Tensor[]``, is a list.
+Output = Tensor | list[Tensor] | tuple[Tensor | list[Tensor], ...]
 #: ``outputs(*args)``: the op's empty outputs, on the device and with the strides that the kernels fill.
-Outputs = Callable[..., Tensor | tuple[Tensor, ...]]
+Outputs = Callable[..., Output]
 #: ``kernel(outputs, *args)``: fills the outputs.
 Kernel = Callable[..., None]
 
@@ -40,8 +48,10 @@ def register(
     """
     _library.define(f"{name}{schema}")
 
-    def implementation(*args: Any) -> Tensor | tuple[Tensor, ...]:
+    def implementation(*args: Any) -> Output:
         out = outputs(*args)
+        if args[-1] == "cpu":
+            _prefer_huge_pages(out)
         kernels[args[-1]](out, *args)
         return out
 
@@ -51,3 +61,11 @@ def register(
     if gradient is not None:
         torch.library.register_autograd(qualified, gradient, setup_context=save, lib=_library)
     return getattr(torch.ops.gdl_kernels, name).default
+
+
+def _prefer_huge_pages(out: Any) -> None:
+    if not isinstance(out, Tensor):
+        for part in out:
+            _prefer_huge_pages(part)
+    elif out.nbytes >= HUGE_BYTES:
+        _native.cpu_module().prefer_huge_pages(out.data_ptr(), out.nbytes)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import gdl_kernels as gdl
 from gdl_kernels import _backends, _native
@@ -148,8 +149,8 @@ def test_every_op_is_public_and_has_examples() -> None:
         examples = list(op.examples())
         assert examples
         for example in examples:
-            tensors = [a for a in (*example.args, *example.kwargs.values()) if isinstance(a, torch.Tensor)]
-            assert any(tensor.requires_grad for tensor in tensors)
+            arguments = tree_leaves((example.args, dict(example.kwargs)))
+            assert any(a.requires_grad for a in arguments if isinstance(a, torch.Tensor))
 
 
 def test_regions_of_threads_may_end_in_any_order() -> None:

@@ -114,6 +114,37 @@ inline Vec<T> load_widened(const E* from) {
   }
 }
 
+// A vector of numbers, rounded to E, to contiguous memory. Spelt with the instructions, as load_widened is.
+template <typename E, typename T = accumulator_t<E>>
+inline void store_rounded(E* to, Vec<T> value) {
+  if constexpr (std::is_same_v<E, T>) {
+    store<T>(to, value);
+#if defined(__AVX512F__)
+  } else if constexpr (std::is_same_v<E, bfloat16>) {
+    const IntVec<T> bits = (IntVec<T>)value;
+    const IntVec<T> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, nan = (bits >> 16) | 0x0040;
+    const IntVec<T> chosen = (bits & 0x7fffffff) > 0x7f800000 ? nan : rounded;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)chosen));
+  } else {
+    const __m256i halves = _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), halves);
+#elif defined(__AVX2__)
+  } else if constexpr (std::is_same_v<E, bfloat16>) {
+    const IntVec<T> bits = (IntVec<T>)value;
+    const IntVec<T> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, nan = (bits >> 16) | 0x0040;
+    const __m256i chosen = (__m256i)(((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded) & 0xffff);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(chosen, chosen), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
+  } else {
+    const __m128i halves = _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves);
+#else
+  } else {
+    for (int i = 0; i < kWidth<T>; ++i) to[i] = from_accumulator<E>(value[i]);
+#endif
+  }
+}
+
 // n contiguous numbers, widened.
 template <typename T>
 inline void load(const T* __restrict in, accumulator_t<T>* __restrict out, std::int64_t n) {

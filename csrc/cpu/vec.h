@@ -1,6 +1,7 @@
 // Short vectors of float or double, as wide as the variant that is being compiled allows, over GCC's vector extensions.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -88,6 +89,34 @@ inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return a > b ? a : b;
 #endif
 }
+
+// Of a vector, or of a number.
+inline Vec<float> square_root(Vec<float> v) {
+#if defined(__AVX512F__)
+  return _mm512_sqrt_ps(v);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(v);
+#elif defined(__SSE2__)
+  return _mm_sqrt_ps(v);
+#else
+  for (int i = 0; i < kWidth<float>; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+inline Vec<double> square_root(Vec<double> v) {
+#if defined(__AVX512F__)
+  return _mm512_sqrt_pd(v);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_pd(v);
+#elif defined(__SSE2__)
+  return _mm_sqrt_pd(v);
+#else
+  for (int i = 0; i < kWidth<double>; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+inline float square_root(float x) { return std::sqrt(x); }
+inline double square_root(double x) { return std::sqrt(x); }
 
 // The lanes 0, 1, 2, ...
 template <typename T>

@@ -1,7 +1,32 @@
 """The ops as modules."""
 
+from .adain import AdaIN, AdaINFromStyle
+from .conditional_batch_norm import (
+    ConditionalBatchNorm1d,
+    ConditionalBatchNorm2d,
+    ConditionalBatchNorm3d,
+    standing_statistics,
+)
 from .key_value_cache import KeyValueCache
+from .minibatch_stddev import MinibatchStdDev
+from .orthogonal_norm import OrthogonalNorm, init_orthogonal_, orthogonal_norm
 from .pixel_norm import PixelNorm
 from .sparse_self_attention import SparseSelfAttention
+from .style_epilogue import StyleEpilogue
 
-__all__ = ["KeyValueCache", "PixelNorm", "SparseSelfAttention"]
+__all__ = [
+    "AdaIN",
+    "AdaINFromStyle",
+    "ConditionalBatchNorm1d",
+    "ConditionalBatchNorm2d",
+    "ConditionalBatchNorm3d",
+    "KeyValueCache",
+    "MinibatchStdDev",
+    "OrthogonalNorm",
+    "PixelNorm",
+    "SparseSelfAttention",
+    "StyleEpilogue",
+    "init_orthogonal_",
+    "orthogonal_norm",
+    "standing_statistics",
+]

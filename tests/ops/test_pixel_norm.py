@@ -17,10 +17,10 @@ import gdl_kernels
 from gdl_kernels import _native, nn, pixel_norm
 from gdl_kernels.ops.pixel_norm import op, reference
 from tests.accuracy import assert_accurate
+from tests.ops.images import DTYPES, GPU, MEMORY, channels_last, images, random
 
 pytestmark = pytest.mark.usefixtures("nan_poison")
 
-GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 KERNELS = ["cpu", GPU]
 BACKENDS = ["reference", *KERNELS]
 
@@ -36,28 +36,6 @@ SHAPES = [
     (1, 2, 3000),  # a last tile that is not full
     (1, 640, 33, 8),  # a block's channels are not all kept, pixels in vectors
 ]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def random(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> Tensor:
-    return torch.randn(shape, dtype=torch.float64).to(device, dtype)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-MEMORY = {
-    "contiguous": lambda x: x,
-    "channels last": channels_last,
-    "every other image and channel": lambda x: (
-        torch.stack([x, x]).flatten(0, 1)[::2].repeat(1, 2, *[1] * (x.dim() - 2))[:, : x.shape[1]]
-    ),
-    "a crop": lambda x: torch.nn.functional.pad(x, (1, 2))[..., 1:-2],
-    "last dimension first": lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1),
-    "not aligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
-    "one image for all": lambda x: x[:1].expand(x.shape),
-}
 
 
 def run(x: Tensor, grad: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -106,16 +84,6 @@ def test_reference_is_the_formula() -> None:
     for n, c, h, w in torch.cartesian_prod(*map(torch.arange, x.shape)).tolist():
         y[n, c, h, w] = x[n, c, h, w] / (sum(v**2 for v in x[n, :, h, w].tolist()) / 3 + 1e-8) ** 0.5
     torch.testing.assert_close(pixel_norm(x, backend="reference"), y)
-
-
-@st.composite
-def images(draw: st.DrawFn, shape: list[int], dtype: torch.dtype) -> Tensor:
-    """In memory the dimensions come in any order and with gaps."""
-    order = draw(st.permutations(range(len(shape))))
-    steps = [draw(st.integers(1, 2)) for _ in shape]
-    memory = random(tuple(shape[d] * steps[d] for d in order), dtype)
-    x = memory.permute(*(order.index(d) for d in range(len(shape))))
-    return x[tuple(slice(None, None, step) for step in steps)]
 
 
 @given(st.data(), st.integers(0, 2**32))

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...cases import Case, Contestant, Inputs, Task
+from ...cases import Case, Contestant, Inputs, Task, short
 from ...ceilings import memory_read
 from ...results import Bar, Result, curve, exponent
 from .attention import in_chunks
 from .patterns import Pattern, causal, fixed, local
-from .problem import ours, short
+from .problem import ours
 
 CACHED = 16_384
 #: What the calls' kept keys and values come to in all: more than the caches hold. A model's other layers would have

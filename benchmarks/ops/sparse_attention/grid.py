@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 
-from ...cases import Case
+from ...cases import Case, short
 from ...results import Bar, Result, geometric_mean
 from .patterns import Pattern, causal, fixed, local, strided
-from .problem import FLEX, Problem, Size, short
+from .problem import FLEX, Problem, Size
 
 #: Of longer sequences and larger batches so many rows are compared with float64, which takes some seconds there.
 CHECKED_ROWS = 256

@@ -14,16 +14,17 @@ import gdl_kernels
 from gdl_kernels._backends import Explanation
 from gdl_kernels.layouts import Layout
 
-from ...cases import Case, Contestant, Function, Inputs, Task
-from .attention import Attention, compiled_flex, in_chunks, masked
+from ...cases import Case, Contestant, Inputs, Task, short
+from ...passes import Passes
+from .attention import compiled_flex, in_chunks, masked
 from .patterns import Pattern, causal
 
 OURS, FLEX, EAGER, SDPA = "gdl_kernels", "FlexAttention", "eager, masked", "SDPA, dense causal"
 
 
 @dataclass(frozen=True)
-class Mode:
-    """Which passes are timed.
+class Mode(Passes):
+    """Which passes are timed, and their work.
 
     Attributes:
         products: of matrices, for each kept block: two forward (scores, output), five backward (scores again, and the
@@ -31,40 +32,13 @@ class Mode:
         tensors: of the size of ``query``, that are read or written.
     """
 
-    name: str
     products: int
     tensors: int
 
-    def of(self, forward: Attention) -> Function:
-        """The passes as one function of the case's inputs."""
-        if self is FORWARD:
-            return forward
-        step = functools.partial(_step, forward)
-        return step if self is TRAINING else lambda *inputs: step(*inputs)[1:]
 
-    def contestant(self, name: str, forward: Attention, task: Task | None = None) -> Contestant:
-        if self is BACKWARD:
-            return Contestant(name, _gradients, setup=functools.partial(_graph, forward), task=task)
-        return Contestant(name, self.of(forward), task=task)
-
-
-FORWARD = Mode("forward", 2, 4)  # query, key, value; output
-BACKWARD = Mode("backward", 5, 8)  # these and the output's gradient; the gradients of query, key and value
-TRAINING = Mode("forward+backward", 7, 12)
-
-
-def _graph(forward: Attention, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor) -> Inputs:
-    leaves = [t.detach().requires_grad_() for t in (query, key, value)]
-    return forward(*leaves), *leaves, grad_out
-
-
-def _gradients(out: Tensor, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(out, (query, key, value), grad_out, retain_graph=True)
-
-
-def _step(forward: Attention, *inputs: Tensor) -> tuple[Tensor, ...]:
-    graph = _graph(forward, *inputs)
-    return graph[0].detach(), *_gradients(*graph)
+FORWARD = Mode("forward", True, False, 2, 4)  # query, key, value; output
+BACKWARD = Mode("backward", False, True, 5, 8)  # these and the output's gradient; gradients of query, key and value
+TRAINING = Mode("forward+backward", True, True, 7, 12)
 
 
 @dataclass(frozen=True)
@@ -185,7 +159,3 @@ def sampled(positions: int, count: int) -> Tensor:
     """``count`` of the positions, ascending: one drawn from each of as many equal stretches."""
     edges = torch.linspace(0, positions, count + 1, dtype=torch.float64).long()
     return edges[:-1] + (torch.rand(count) * edges.diff()).long()
-
-
-def short(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ... import _images, _native
-
-#: Elements that are worth a thread; PyTorch's own grain.
-GRAIN = 32768
 
 
 def forward(y: Tensor, x: Tensor, eps: float, backend: str) -> None:
@@ -24,7 +20,6 @@ def _launch(kernel: str, eps: float, *tensors: Tensor) -> None:
     out = tensors[-1]
     last = _images.channels_last(out)
     lines = [_images.lines(t, last) for t in tensors]
-    threads = min(torch.get_num_threads(), 1 + out.numel() // GRAIN)
     dtype = str(out.dtype).removeprefix("torch.")
     arrays = (line.array() for line in lines)
-    getattr(_native.cpu_module(), kernel)(dtype, _images.shape(out), last, eps, *arrays, threads)
+    getattr(_native.cpu_module(), kernel)(dtype, _images.shape(out), last, eps, *arrays, _native.threads(out.numel()))

@@ -8,27 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _backends, _images, _native
+from ... import _backends, _images
 from ..._registration import register
 from . import cpu, cuda
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def _cpu_reasons(x: Tensor, **_: Any) -> list[str]:
-    reasons = _native.missing("cpu")
-    if x.device.type != "cpu":
-        reasons.append(f"x is on {x.device}")
-    return reasons
-
-
-def _cuda_reasons(x: Tensor, **_: Any) -> list[str]:
-    reasons = _native.missing("cuda")
-    if x.device.type != "cuda":
-        reasons.append(f"x is on {x.device}")
-    if x.dtype == torch.float64:
-        reasons.append("x is float64")
-    return reasons
 
 
 def _examples() -> Iterator[_backends.Example]:
@@ -40,7 +22,7 @@ def _examples() -> Iterator[_backends.Example]:
         yield _backends.Example(f"{name}, channels last", (last.requires_grad_(),))
 
 
-choices = _backends.add_op("pixel_norm", {"cpu": _cpu_reasons, "cuda": _cuda_reasons}, _examples)
+choices = _backends.add_op("pixel_norm", {"cpu": _images.cpu_reasons, "cuda": _images.cuda_reasons}, _examples)
 
 
 def _output(x: Tensor, *_: Any) -> Tensor:

@@ -1,0 +1,44 @@
+"""AdaIN at the shapes of StyleGAN-1024's generator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+import gdl_kernels
+from gdl_kernels.ops.adain import reference
+
+from ..cases import Case
+from ..images import BACKWARD, COMPILED, EAGER, FORWARD, ImageOp, case, copies, is_of, over, pixels
+from ..results import Bar, Result
+
+OP = ImageOp("adain", gdl_kernels.adain, lambda x, scale, bias: reference.adain(x, scale, bias, 1e-5))
+
+#: Images a GPU, and the channels at each size. An early layer is smaller than a cache, and measures what a call costs.
+IMAGES = 4
+CHANNELS = {16: 512, 32: 512, 64: 256, 128: 128, 256: 64, 512: 32, 1024: 16}
+
+
+def sizes(quick: bool) -> dict[int, int]:
+    return {size: CHANNELS[size] for size in (16, 64, 256)} if quick else CHANNELS
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    for size, channels in sizes(quick).items():
+        image, planes = (IMAGES, channels, size, size), (IMAGES, channels)
+        for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
+            for passes in (FORWARD, BACKWARD):
+                yield case(OP, [image, planes, planes], dtype, device, passes)
+        if not quick:
+            yield case(OP, [image, planes, planes], torch.float32, device, FORWARD, channels_last=True)
+
+
+def bars(results: Sequence[Result]) -> list[Bar]:
+    asked = []
+    for result in results:
+        if is_of(result, BACKWARD):
+            asked.append(over(result, EAGER, 5.0))
+        elif pixels(result) >= 64**2:
+            asked += [over(result, EAGER, 10.0), over(result, COMPILED, 3.0), copies(result, 2.5)]
+    return asked

@@ -1,0 +1,46 @@
+"""Minibatch standard deviation where ProGAN has it and on larger images, against the formula in plain PyTorch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import torch
+
+import gdl_kernels
+from gdl_kernels.ops.minibatch_stddev import reference
+
+from ..cases import Case
+from ..images import BACKWARD, COMPILED, EAGER, FORWARD, TRAINING, ImageOp, case, copies, is_of, over
+from ..results import Bar, Result
+
+OP = ImageOp(
+    "minibatch_stddev",
+    gdl_kernels.minibatch_stddev,
+    functools.partial(reference.minibatch_stddev, group_size=4, num_features=1, eps=1e-8),
+    added_channels=1,
+)
+
+#: Images in a minibatch, channels, and how many pixels wide. ProGAN's is the first.
+SIZES = ((16, 512, 4), (32, 512, 8), (16, 512, 16), (32, 256, 32), (16, 64, 64))
+QUICK_SIZES = (SIZES[0], SIZES[3])
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    for passes in (FORWARD, TRAINING) if quick else (FORWARD, BACKWARD, TRAINING):
+        for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
+            for images, channels, width in QUICK_SIZES if quick else SIZES:
+                yield case(OP, [(images, channels, width, width)], dtype, device, passes)
+    if not quick:
+        for dtype in (torch.float32, torch.bfloat16):
+            yield case(OP, [(32, 256, 32, 32)], dtype, device, FORWARD, channels_last=True)
+
+
+def bars(results: Sequence[Result]) -> list[Bar]:
+    asked = []
+    for result in results:
+        if is_of(result, FORWARD):
+            asked += [over(result, COMPILED, 3.0), copies(result, 2.5)]
+        elif is_of(result, BACKWARD):
+            asked.append(over(result, EAGER, 5.0))
+    return asked

@@ -1,0 +1,101 @@
+"""StyleGAN's epilogue at the shapes of StyleGAN-1024's generator, with noise that is given, as its rivals need it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+import gdl_kernels
+from gdl_kernels._backends import Explanation
+from gdl_kernels.ops.style_epilogue import reference
+
+from ..cases import Case, Contestant, Function, Inputs, Task
+from ..ceilings import memory_copy
+from ..images import BACKWARD, COMPILED, EAGER, FORWARD, OURS, ImageOp, case, is_of, over, pixels
+from ..results import Bar, Result
+from .adain import CHANNELS, IMAGES, sizes
+
+#: All of StyleGAN-1024's layers: two at each size.
+SYNTHESIS = "synthesis, 18 epilogues"
+LAYERS = [(IMAGES, channels, size, size) for size, channels in {4: 512, 8: 512, **CHANNELS}.items()]
+
+
+def _plain(x: Tensor, scale: Tensor, bias: Tensor, noise: Tensor, weight: Tensor, channel: Tensor) -> Tensor:
+    return reference.style_epilogue(x, scale, bias, noise, weight, channel, 0.2, 1e-8)
+
+
+def _ours(x: Tensor, scale: Tensor, bias: Tensor, noise: Tensor, weight: Tensor, channel: Tensor) -> Tensor:
+    return gdl_kernels.style_epilogue(x, scale, bias, noise=noise, noise_weight=weight, channel_bias=channel)
+
+
+def _explain(x: Tensor, scale: Tensor, bias: Tensor, *_: Tensor) -> Explanation:
+    return gdl_kernels.explain("style_epilogue", x, scale, bias)
+
+
+OP = ImageOp("style_epilogue", _ours, _plain, explain=_explain)
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    for size, channels in sizes(quick).items():
+        planes = IMAGES, channels
+        shapes = [(*planes, size, size), planes, planes, (IMAGES, 1, size, size), (channels,), (channels,)]
+        for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
+            for passes in (FORWARD, BACKWARD):
+                yield case(OP, shapes, dtype, device, passes)
+
+
+    if not quick or device.type == "cuda":
+        yield synthesis(device)
+
+
+def synthesis(device: torch.device) -> Case:
+    """Every epilogue of one pass of the generator. The two of a size read the same image, which fills the caches."""
+    image = sum(map(math.prod, LAYERS))
+    function = _layers(_plain)
+    task = Task(function, function, flops=0.0, bytes=2.0 * 2 * image * 4)
+    return Case(
+        name=f"{SYNTHESIS}, fp32",
+        shape=f"{IMAGES} images, 4² to 1024², {2 * image * 4 / 1e6:.0f} MB read",
+        dtype=torch.float32,
+        device=device,
+        inputs=_layer_inputs,
+        task=task,
+        contestants=[
+            Contestant(EAGER, function),
+            Contestant(COMPILED, torch.compile(function, dynamic=False)),
+            Contestant(OURS, _layers(_ours), explain=_explain),
+        ],
+        ceiling=memory_copy(2 * image * 4, 1),
+        input_sets=1,
+    )
+
+
+def _layers(epilogue: Function) -> Function:
+    def outputs(*tensors: Tensor) -> tuple[Tensor, ...]:
+        layers = [tensors[i : i + 6] for i in range(0, len(tensors), 6)]
+        return tuple(epilogue(*layer) for layer in layers for _ in range(2))  # type: ignore[misc]
+
+    return outputs
+
+
+def _layer_inputs(generator: torch.Generator) -> Inputs:
+    shapes = []
+    for images, channels, *size in LAYERS:
+        planes = images, channels
+        shapes += [(*planes, *size), planes, planes, (images, 1, *size), (channels,), (channels,)]
+    return tuple(torch.randn(shape, generator=generator, device=generator.device) for shape in shapes)
+
+
+def bars(results: Sequence[Result]) -> list[Bar]:
+    asked = []
+    for result in results:
+        if result.case.startswith(SYNTHESIS):
+            asked.append(over(result, EAGER, 3.0))
+        elif is_of(result, BACKWARD):
+            asked.append(over(result, EAGER, 5.0))
+        elif pixels(result) >= 64**2:
+            asked += [over(result, EAGER, 15.0), over(result, COMPILED, 3.0)]
+    return asked

@@ -1,0 +1,133 @@
+"""The passes over memory that each op makes, and the small sums between them: the same for every backend.
+
+A pass is a kernel of one of three kinds, so that a backend has three kernels for all derivatives:
+
+``moments``: each channel's mean and sum of squares about it, over samples and pixels.
+``sums``: over the pixels of each plane, of the products of up to three tensors.
+``combine``: a linear combination of up to three tensors, with weights for each plane or channel.
+
+Between them there are numbers for each plane ``(N, C)`` and for each channel ``(C,)``, in plain PyTorch, and with a
+process group one collective. ``xhat = (x - mean) * rstd``; ``m(t)`` is a channel's mean, over all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ... import _images
+from . import ranks
+
+#: A tensor and its weights, ``(N, C)`` or ``(C,)``.
+Term = tuple[Tensor, Tensor]
+
+
+class Kernels(Protocol):
+    """What a backend has. Images are in lines for ``last`` (see :mod:`gdl_kernels._images`) and not empty."""
+
+    def moments(self, x: Tensor, last: bool) -> Tensor:
+        """``(2, C)``: mean, sum of squares about it."""
+
+    def sums(self, v: Tensor | None, grad: Tensor, x: Tensor, mean: Tensor, last: bool) -> Tensor:
+        """``(2, N, C)``: of grad, grad (x - mean); with ``v`` ``(5, N, C)``: also of v, v (x - mean), v grad."""
+
+    def combine(
+        self, out: Tensor, others: Sequence[Term], x: Term | None, mean: Tensor, offset: Tensor, last: bool
+    ) -> None:
+        """The sum of weight * tensor over ``others``, of weight * (x - mean), and of ``offset``."""
+
+
+def forward(
+    kernels: Kernels, out: tuple[Tensor, Tensor], x: Tensor, gain: Tensor, bias: Tensor, mean: Tensor | None,
+    var: Tensor | None, eps: float, group: str, backend: str,
+) -> None:  # fmt: skip
+    y, statistics = out
+    wide, last = statistics.dtype, _images.channels_last(y)
+    x = _images.lines(x, last).tensor
+    if mean is None or var is None:
+        moments = kernels.moments(x, last) if x.numel() else statistics.new_zeros(2, x.shape[1])
+        count, mean, squares = ranks.merge_moments(values_per_channel(x), moments, group)
+        if isinstance(count, Tensor):
+            var, unbiased_var = squares / count.clamp(min=1), squares / (count - 1).clamp(min=1)
+        else:
+            var, unbiased_var = squares / max(count, 1), squares / max(count - 1, 1)
+    else:
+        mean, var = mean.to(wide), var.to(wide)
+        unbiased_var = var
+    torch.stack([mean.to(wide), (var + eps).rsqrt().to(wide), unbiased_var.to(wide)], out=statistics)
+    if x.numel():
+        mean, rstd, _ = statistics
+        kernels.combine(y, [], (x, gain * rstd), mean, bias.to(wide), last)
+
+
+def backward(
+    kernels: Kernels, out: tuple[Tensor, Tensor, Tensor], grad: Tensor, x: Tensor, gain: Tensor, statistics: Tensor,
+    training: bool, eps: float, group: str, backend: str,
+) -> None:  # fmt: skip
+    """``grad_x = rstd (gain g - m(gain g) - xhat m(gain g xhat))``; in evaluation both means are 0."""
+    grad_x, grad_gain, grad_bias = out
+    last = _images.channels_last(grad_x)
+    grad, x = (_images.lines(t, last).tensor for t in (grad, x))
+    mean, rstd, _ = statistics
+    sums = kernels.sums(None, grad, x, mean, last) if x.numel() else statistics.new_zeros(2, *x.shape[:2])
+    sums[1] *= rstd
+    grad_bias.copy_(sums[0])
+    grad_gain.copy_(sums[1])
+    scale = gain * rstd
+    if not training:
+        if x.numel():
+            kernels.combine(grad_x, [(grad, scale)], None, mean, torch.zeros_like(mean), last)
+        return
+    m_g, m_gx = ranks.mean((sums * gain).sum(1), values_per_channel(x), group)
+    if x.numel():
+        kernels.combine(grad_x, [(grad, scale)], (x, -m_gx * rstd * rstd), mean, -m_g * rstd, last)
+
+
+def double_backward(
+    kernels: Kernels, out: tuple[Tensor, Tensor, Tensor], v: Tensor, v_gain: Tensor, v_bias: Tensor, grad: Tensor,
+    x: Tensor, gain: Tensor, statistics: Tensor, training: bool, eps: float, group: str, backend: str,
+) -> None:  # fmt: skip
+    """The gradient of ``<v, grad_x> + <v_gain, grad_gain> + <v_bias, grad_bias>``; docs/conditional_batch_norm.md."""
+    of_grad, of_x, of_gain = out
+    last = _images.channels_last(of_x)
+    v, grad, x = (_images.lines(t, last).tensor for t in (v, grad, x))
+    mean, rstd, _ = statistics
+    wide = statistics.dtype
+    gain, v_gain, v_bias = (t.to(wide) for t in (gain, v_gain, v_bias))
+    sums = kernels.sums(v, grad, x, mean, last) if x.numel() else statistics.new_zeros(5, *x.shape[:2])
+    g, gx, s_v, s_vx, vg = sums.unbind()
+    gx *= rstd
+    s_vx *= rstd
+    scale = gain * rstd
+    if not training:
+        of_gain.copy_(rstd * vg)
+        if x.numel():
+            kernels.combine(of_grad, [(v, scale)], (x, v_gain * rstd), mean, v_bias, last)
+            kernels.combine(of_x, [(grad, v_gain * rstd)], None, mean, torch.zeros_like(mean), last)
+        return
+    channel = torch.stack([s_v, s_vx, gain * g, gain * gx, gain * vg, v_gain * g, v_gain * gx]).sum(1)
+    m_v, m_vx, m_g, m_gx, m_vg, m_t, m_tx = ranks.mean(channel, values_per_channel(x), group)
+    of_gain.copy_(rstd * (vg - m_v * g - m_vx * gx))
+    if x.numel():
+        # t = (v_gain - gain rstd m(v xhat)) g - rstd m(gain g xhat) v is what xhat gets, rstd gets the spread.
+        along = v_gain - scale * m_vx
+        t_mean = m_t - rstd * (m_gx * m_v + m_vx * m_g)
+        t_x = m_tx - 2 * rstd * m_gx * m_vx
+        spread = m_vg - m_v * m_g - m_vx * m_gx
+        kernels.combine(of_grad, [(v, scale)], (x, along * rstd), mean, v_bias - scale * m_v, last)
+        kernels.combine(
+            of_x,
+            [(v, -m_gx * rstd * rstd), (grad, along * rstd)],
+            (x, -(t_x + rstd * spread) * rstd * rstd),
+            mean,
+            -t_mean * rstd,
+            last,
+        )
+
+
+def values_per_channel(x: Tensor) -> int:
+    return x.shape[0] * math.prod(x.shape[2:])

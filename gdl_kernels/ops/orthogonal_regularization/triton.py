@@ -1,0 +1,377 @@
+"""Orthogonal regularisation on the GPU: all weights of a list in a few launches.
+
+``V`` is a weight turned to be at least as wide as high, ``G = V V^T``, as in ``cpu.py``. A program computes one tile of
+one G, on or below the diagonal, and squares it in registers; where a gradient will be asked for it also writes it,
+without the diagonal, to a packed list of tiles. The gradient's programs each own a tile of ``G V`` and walk a row of G,
+the tiles above the diagonal being those below, transposed. What is subtracted for the larger Gram matrix, and the
+diagonal, are sums of squares of rows and columns, from a kernel of their own.
+
+What a program works on is in tables: a line for each weight, and one for each item of work. They depend on shapes
+alone and stay on the device. Addresses change with every call, so a kernel that takes them as arguments writes them
+into their table: no launch copies from the host, and calls can be captured in a CUDA graph once the tables are there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import _matrices, _native
+from .cpu import orientation
+
+#: Rows and columns of a tile of G, and columns that are multiplied at a time, by bytes an element. Chosen by what the
+#: compiler reports, not yet timed on any GPU.
+TILE = {4: 64, 2: 128}
+STEP = {4: 32, 2: 64}
+NUM_WARPS = {4: 4, 2: 8}
+#: Rows or columns whose squares one program sums.
+SUMMED = 64
+
+#: Addresses that one launch writes to a table.
+ADDRESSES = 16
+
+#: Columns of the table of weights: height, width, stride, stride of the gradient, number of the first tile, place of
+#: the norms, whether the penalty is of rows.
+FIELDS = tl.constexpr(7)
+
+
+@triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["pointers"])
+def _write_addresses(table, pointers, first):
+    for i in tl.static_range(len(pointers)):
+        tl.store(table + first + i, pointers[i].to(tl.int64))
+
+
+@triton.jit
+def _weight(addresses, table, weight, DTYPE: tl.constexpr, TURNED: tl.constexpr, ALIGNED: tl.constexpr):
+    """Address, height, width and strides; number of its first tile, place of its norms, whether the penalty is of rows.
+
+    ALIGNED numbers are 16 bytes. That they divide an address, a stride and the length of what lies in one piece is what
+    lets the compiler load so many at a time.
+    """
+    line = table + weight * FIELDS
+    base = tl.load(addresses + weight).to(tl.pointer_type(DTYPE))
+    height, width = tl.load(line).to(tl.int32), tl.load(line + 1).to(tl.int32)
+    stride, out_stride = tl.load(line + 2), tl.load(line + 3)
+    if ALIGNED > 1:
+        base = tl.multiple_of(base, 16)
+        stride, out_stride = tl.multiple_of(stride, ALIGNED), tl.multiple_of(out_stride, ALIGNED)
+        if TURNED:
+            height = tl.multiple_of(height, ALIGNED)
+        else:
+            width = tl.multiple_of(width, ALIGNED)
+    return base, height, width, stride, out_stride, tl.load(line + 4), tl.load(line + 5), tl.load(line + 6)
+
+
+@triton.jit
+def _load(base, rows, columns, stride, height, width, TURNED: tl.constexpr):
+    """A tile of V, [rows, columns]. Next to each other in memory are numbers of a row, in a turned V of a column."""
+    if TURNED:
+        inside = (columns < width)[:, None] & (rows < height)[None, :]
+        tile = tl.trans(tl.load(base + columns.to(tl.int64)[:, None] * stride + rows[None, :], mask=inside, other=0.0))
+    else:
+        inside = (rows < height)[:, None] & (columns < width)[None, :]
+        tile = tl.load(base + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit(do_not_specialize_on_alignment=["partials"])
+def _gram(
+    addresses, table, items, partials, tiles,
+    KEEP: tl.constexpr, TURNED: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr, STEP: tl.constexpr,
+    DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    item = tl.program_id(0)
+    weight, i, j = tl.load(items + 3 * item), tl.load(items + 3 * item + 1), tl.load(items + 3 * item + 2)
+    base, height, width, stride, _, first_tile, _, of_rows = _weight(addresses, table, weight, DTYPE, TURNED, ALIGNED)
+    inner = tl.arange(0, T)
+    rows, columns = (i * T + inner).to(tl.int32), (j * T + inner).to(tl.int32)
+    tile = tl.zeros([T, T], tl.float32)
+    for start in range(0, width, STEP):
+        steps = (start + tl.arange(0, STEP)).to(tl.int32)
+        left = _load(base, rows, steps, stride, height, width, TURNED)
+        right = _load(base, columns, steps, stride, height, width, TURNED)
+        tile = tl.dot(left.to(DOT), tl.trans(right.to(DOT)), tile, input_precision=PRECISION)
+    off = rows[:, None] != columns[None, :]
+    counted = tl.where(off | (of_rows == 0), tile, 0.0)
+    total = tl.sum(counted * counted)
+    tl.store(partials + item, tl.where(i == j, total, 2 * total))
+    if KEEP:
+        place = tiles + (first_tile + i * (i + 1) // 2 + j) * T * T
+        tl.store(place + inner[:, None] * T + inner[None, :], tl.where(off, tile, 0.0))
+
+
+@triton.jit(do_not_specialize_on_alignment=["partials"])
+def _norms(
+    addresses, table, items, partials, norms,
+    TURNED: tl.constexpr, ALIGNED: tl.constexpr, SUMMED: tl.constexpr, STEP: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    item = tl.program_id(0)
+    weight, of_columns, block = tl.load(items + 3 * item), tl.load(items + 3 * item + 1), tl.load(items + 3 * item + 2)
+    base, height, width, stride, _, _, place, _ = _weight(addresses, table, weight, DTYPE, TURNED, ALIGNED)
+    own = (block * SUMMED + tl.arange(0, SUMMED)).to(tl.int32)
+    sums = tl.zeros([SUMMED], tl.float32)
+    if of_columns != 0:
+        for start in range(0, height, STEP):
+            rows = (start + tl.arange(0, STEP)).to(tl.int32)
+            v = _load(base, rows, own, stride, height, width, TURNED).to(tl.float32)
+            sums += tl.sum(v * v, 0)
+        tl.store(norms + place + height + own, sums, mask=own < width)
+        tl.store(partials + item, -tl.sum(sums * sums, 0))
+    else:
+        for start in range(0, width, STEP):
+            columns = (start + tl.arange(0, STEP)).to(tl.int32)
+            v = _load(base, own, columns, stride, height, width, TURNED).to(tl.float32)
+            sums += tl.sum(v * v, 1)
+        tl.store(norms + place + own, sums, mask=own < height)
+        tl.store(partials + item, 0.0)
+
+
+@triton.jit
+def _gradient(
+    addresses, out_addresses, table, items, tiles, norms, grad, beta,
+    COLUMNS: tl.constexpr, TURNED: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr, STEP: tl.constexpr,
+    DTYPE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    item = tl.program_id(0)
+    weight, i, block = tl.load(items + 3 * item), tl.load(items + 3 * item + 1), tl.load(items + 3 * item + 2)
+    base, height, width, stride, out_stride, first_tile, place, of_rows = _weight(
+        addresses, table, weight, DTYPE, TURNED, ALIGNED
+    )
+    inner = tl.arange(0, T)
+    rows = (i * T + inner).to(tl.int32)
+    columns = (block * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int32)
+    acc = tl.zeros([T, COLUMNS], tl.float32)
+    # STEP rows of V at a time, which are STEP columns of a tile left of the diagonal,
+    for start in range(0, (i + 1) * T, STEP):
+        j, part = start // T, start % T
+        steps = (start + tl.arange(0, STEP)).to(tl.int32)
+        tile = tiles + (first_tile + i * (i + 1) // 2 + j) * T * T
+        s = tl.load(tile + inner[:, None] * T + part + tl.arange(0, STEP)[None, :])  # [T, STEP]
+        v = _load(base, steps, columns, stride, height, width, TURNED)
+        acc = tl.dot(s.to(DOT), v.to(DOT), acc, input_precision=PRECISION)
+    # and STEP rows of one below it, transposed.
+    for start in range((i + 1) * T, height, STEP):
+        j, part = start // T, start % T
+        steps = (start + tl.arange(0, STEP)).to(tl.int32)
+        tile = tiles + (first_tile + j * (j + 1) // 2 + i) * T * T
+        s = tl.load(tile + (part + tl.arange(0, STEP))[:, None] * T + inner[None, :])  # [STEP, T]
+        v = _load(base, steps, columns, stride, height, width, TURNED)
+        acc = tl.dot(tl.trans(s).to(DOT), v.to(DOT), acc, input_precision=PRECISION)
+    if of_rows == 0:
+        of_row = tl.load(norms + place + rows, mask=rows < height, other=0.0)
+        of_column = tl.load(norms + place + height + columns, mask=columns < width, other=0.0)
+        v = _load(base, rows, columns, stride, height, width, TURNED).to(tl.float32)
+        acc += v * (of_row[:, None] - of_column[None, :])
+    acc *= 4 * beta * tl.load(grad)
+    out = tl.load(out_addresses + weight).to(tl.pointer_type(DTYPE))
+    if ALIGNED > 1:
+        out = tl.multiple_of(out, 16)
+    if TURNED:
+        inside = (columns < width)[:, None] & (rows < height)[None, :]
+        places = out + columns.to(tl.int64)[:, None] * out_stride + rows[None, :]
+        tl.store(places, tl.trans(acc).to(DTYPE), mask=inside)
+    else:
+        inside = (rows < height)[:, None] & (columns < width)[None, :]
+        tl.store(out + rows.to(tl.int64)[:, None] * out_stride + columns[None, :], acc.to(DTYPE), mask=inside)
+
+
+class Matrix(NamedTuple):
+    """What the tables say of a weight.
+
+    Attributes:
+        height, width: of V.
+        stride, out_stride: in a weight's matrix, and in its gradient's, from row to row. Rows are in one piece.
+        turned: whether V is the transpose.
+        of_rows: whether the penalty is of the rows of V.
+        aligned: whether tiles can be loaded and stored 16 bytes at a time.
+    """
+
+    height: int
+    width: int
+    stride: int
+    out_stride: int
+    turned: bool
+    of_rows: bool
+    aligned: bool
+
+
+class Part(NamedTuple):
+    """Weights of one kind, which go through one launch of each kernel: their tables of work, ``int32 [items, 3]``."""
+
+    turned: bool
+    aligned: bool
+    gram: Tensor
+    norms: Tensor
+    gradient: Tensor
+
+
+class Plan(NamedTuple):
+    """The work on a list of weights.
+
+    Attributes:
+        table: int64, a line for each weight.
+        n_tiles, n_norms: sizes of what is kept.
+    """
+
+    table: Tensor
+    parts: list[Part]
+    n_tiles: int
+    n_norms: int
+
+
+def _columns(tile: int, aligned: bool) -> int:
+    """Columns of the gradient that a program owns: numbers that are stored one by one have an address each."""
+    return tile if aligned else tile // 2
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(matrices: tuple[Matrix, ...], tile: int, device: torch.device) -> Plan:
+    table, n_tiles, n_norms = [], 0, 0
+    work: dict[tuple[bool, bool], tuple[list[Any], list[Any], list[Any]]] = {}
+    for w, matrix in enumerate(matrices):
+        n_rows, n_columns = triton.cdiv(matrix.height, tile), triton.cdiv(matrix.width, _columns(tile, matrix.aligned))
+        table.append([
+            matrix.height, matrix.width, matrix.stride, matrix.out_stride, n_tiles, n_norms, int(matrix.of_rows)
+        ])  # fmt: skip
+        gram, norms, gradient = work.setdefault((matrix.turned, matrix.aligned), ([], [], []))
+        if matrix.width:
+            gram += [(matrix.width, w, i, j) for i in range(n_rows) for j in range(i + 1)]
+            gradient += [(matrix.height, w, i, k) for k in range(n_columns) for i in range(n_rows)]
+        if matrix.width and not matrix.of_rows:
+            norms += [(matrix.width, w, 0, b) for b in range(triton.cdiv(matrix.height, SUMMED))]
+            norms += [(matrix.height, w, 1, b) for b in range(triton.cdiv(matrix.width, SUMMED))]
+            n_norms += matrix.height + matrix.width
+        n_tiles += n_rows * (n_rows + 1) // 2
+
+    def items(lines: list[Any]) -> Tensor:
+        # The longest first: the GPU starts programs in order, and short ones fill what is left at the end.
+        ordered = [line[1:] for line in sorted(lines, key=lambda line: -line[0])]
+        return torch.tensor(ordered, dtype=torch.int32, device=device).view(-1, 3)
+
+    parts = [Part(*kind, *map(items, lists)) for kind, lists in work.items()]
+    return Plan(torch.tensor(table, dtype=torch.int64, device=device), parts, n_tiles, n_norms)
+
+
+#: What each dtype is multiplied in: products of G and V in float32's range, which those of float16 may leave. Triton's
+#: interpreter can't multiply bfloat16; in float32 it computes the same but for the rounding of G.
+_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+_DOT = _DTYPES | ({torch.bfloat16: tl.float32} if _native.interpreting() else {})
+_DOT_OF_GRAM = _DOT | {torch.float16: tl.float32}
+
+
+class Call:
+    """A list of weights as the kernels take it."""
+
+    def __init__(self, weights: Sequence[Tensor], columns: bool) -> None:
+        self.device, self.dtype = weights[0].device, weights[0].dtype
+        self.tile = TILE[self.dtype.itemsize]
+        self.matrices, lines = [], []
+        for weight in weights:
+            matrix = _matrices.flattened(weight)
+            if matrix.stride(1) != 1 and matrix.shape[1] != 1:
+                matrix = matrix.contiguous()
+            turn, of_rows = orientation(matrix.shape[0], matrix.shape[1], columns)
+            height, width = matrix.shape[::-1] if turn else matrix.shape
+            stride, out_stride = matrix.stride(0), matrix.shape[1]
+            # The gradient's rows are in one piece from the first to the last: their length is its stride.
+            sizes = *(n * self.dtype.itemsize for n in (stride, out_stride)), matrix.data_ptr()
+            aligned = all(size % 16 == 0 for size in sizes)
+            self.matrices.append(matrix)
+            lines.append(Matrix(height, width, stride, out_stride, turn, of_rows, aligned))
+        self.plan = _plan(tuple(lines), self.tile, self.device)
+
+    def addresses(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The tensors' addresses, on the device: the last is written again to fill the last launch."""
+        size = triton.cdiv(len(tensors), ADDRESSES) * ADDRESSES
+        table = torch.empty(size, dtype=torch.int64, device=self.device)
+        for first in range(0, len(tensors), ADDRESSES):
+            some = tuple(tensors[min(first + i, len(tensors) - 1)] for i in range(ADDRESSES))
+            _write_addresses[(1,)](table, some, first, num_warps=1)
+        return table
+
+    def launch(self, kernel: Any, items: Tensor, part: Part, *args: Any, **constants: Any) -> None:
+        if len(items):
+            size = self.dtype.itemsize
+            # Numbers that are loaded one by one go through registers: half as many at a time, or they would spill.
+            step, together = (STEP[size], 16 // size) if part.aligned else (STEP[size] // 2, 1)
+            kernel[(len(items),)](
+                *args, **constants, TURNED=part.turned, ALIGNED=together, STEP=step,
+                DTYPE=_DTYPES[self.dtype], num_warps=NUM_WARPS[size], num_stages=3,
+            )  # fmt: skip
+
+    def precision(self, of_gram: bool) -> dict[str, Any]:
+        """How products are computed: float32 as torch multiplies it, G with float16 weights in TF32."""
+        if self.dtype == torch.float32:
+            precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        else:
+            precision = "tf32"
+        dot = _DOT_OF_GRAM if of_gram else _DOT
+        return {"T": self.tile, "DOT": dot[self.dtype], "PRECISION": precision}
+
+
+def kept_sizes(weights: Sequence[Tensor], columns: bool) -> tuple[int, int]:
+    """Elements of the packed tiles of all G, and of the norms that go with them."""
+    tile = TILE[weights[0].dtype.itemsize]
+    n_tiles = n_norms = 0
+    for weight in weights:
+        rows, size = weight.shape[0], math.prod(weight.shape[1:])
+        _, of_rows = orientation(rows, size, columns)
+        n_rows = triton.cdiv(min(rows, size), tile)
+        n_tiles += n_rows * (n_rows + 1) // 2
+        n_norms += 0 if of_rows else rows + size
+    return n_tiles * tile * tile, n_norms
+
+
+def forward(
+    outputs: tuple[Tensor, list[Tensor]], weights: list[Tensor], beta: float, columns: bool, keep: bool, backend: str
+) -> None:
+    penalty, kept = outputs
+    with _on(penalty.device):
+        call = Call(weights, columns)
+        tiles, norms = kept if keep else (penalty, penalty.new_empty(call.plan.n_norms))
+        addresses = call.addresses(call.matrices)
+        count = sum(len(part.gram) + len(part.norms) for part in call.plan.parts)
+        partials, first = torch.empty(count, dtype=torch.float32, device=call.device), 0
+        for part in call.plan.parts:
+            call.launch(
+                _gram, part.gram, part, addresses, call.plan.table, part.gram, partials[first:], tiles,
+                KEEP=keep, **call.precision(of_gram=False),
+            )  # fmt: skip
+            first += len(part.gram)
+            call.launch(
+                _norms, part.norms, part, addresses, call.plan.table, part.norms, partials[first:], norms,
+                SUMMED=SUMMED,
+            )  # fmt: skip
+            first += len(part.norms)
+        penalty.copy_(beta * partials.sum(dtype=torch.float64).clamp(min=0))
+
+
+def backward(
+    grads: list[Tensor],
+    grad: Tensor,
+    weights: list[Tensor],
+    kept: list[Tensor],
+    beta: float,
+    columns: bool,
+    backend: str,
+) -> None:
+    with _on(grad.device):
+        call = Call(weights, columns)
+        addresses, out_addresses = call.addresses(call.matrices), call.addresses(grads)
+        for part in call.plan.parts:
+            call.launch(
+                _gradient, part.gradient, part, addresses, out_addresses, call.plan.table, part.gradient, *kept, grad,
+                beta, COLUMNS=_columns(call.tile, part.aligned), **call.precision(of_gram=True),
+            )  # fmt: skip
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,164 @@
+"""Spectral normalisation as torch knows it: one op for all weights."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _backends, _native
+from ..._registration import register
+from . import cpu, reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+#: Which vector a step of the power method computes first: torch u, BigGAN v.
+SEMANTICS = ("torch", "biggan")
+
+
+def _cpu_reasons(weights: list[Tensor], us: list[Tensor], vs: list[Tensor], **_: Any) -> list[str]:
+    reasons = _native.missing("cpu")
+    if weights and weights[0].device.type != "cpu":
+        reasons.append(f"weights are on {weights[0].device}")
+    return reasons
+
+
+def _triton_reasons(weights: list[Tensor], us: list[Tensor], vs: list[Tensor], **_: Any) -> list[str]:
+    reasons = _native.missing("triton")
+    if weights:
+        device = weights[0].device
+        if device.type != "cuda" and not (_native.interpreting() and device.type == "cpu"):
+            reasons.append(f"weights are on {device}")
+        if weights[0].dtype == torch.float64:
+            reasons.append("weights are float64")
+        if max(_columns(w.shape) for w in weights) >= 2**31:
+            reasons.append("a weight has 2^31 columns or more")
+    return reasons
+
+
+def _examples() -> Iterator[_backends.Example]:
+    """A list as a network has it: wide, tall, a single row, convolutions, and weights that lie transposed."""
+    shapes = (64, 700), (500, 20), (1, 96), (40, 1), (24, 12, 3, 3), (33, 7, 3, 3)
+    weights = [torch.randn(shape) for shape in shapes]
+    weights += [torch.randn(12, 24, 4, 4).movedim(1, 0), torch.randn(30, 50).T]
+    weights.append(torch.randn(24, 12, 3, 3).to(memory_format=torch.channels_last))
+    for semantics in SEMANTICS:
+        for n_power_iterations in (2, 0):
+            us, vs = ([_unit(length(w.shape)) for w in weights] for length in (_rows, _columns))
+            if n_power_iterations == 0:  # the sigma of random vectors is a sum that cancels
+                _, us, vs, _ = reference.spectral_normalize(weights, us, vs, 5, 1e-12, semantics)
+            yield _backends.Example(
+                f"{len(weights)} weights, {semantics}, {n_power_iterations} steps",
+                ([w.clone().requires_grad_() for w in weights], us, vs),
+                {"semantics": semantics, "n_power_iterations": n_power_iterations},
+            )
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    return shape[0]
+
+
+def _columns(shape: tuple[int, ...]) -> int:
+    return math.prod(shape[1:])
+
+
+def _unit(length: int) -> Tensor:
+    return torch.nn.functional.normalize(torch.randn(length), dim=0)
+
+
+choices = _backends.add_op("spectral_normalize", {"cpu": _cpu_reasons, "triton": _triton_reasons}, _examples)
+
+
+def _outputs(weights: list[Tensor], *_: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    """The normalised weights; u, v and sigma of each, in what sums are kept in."""
+    wide = torch.promote_types(weights[0].dtype, torch.float32)
+    out = [torch.empty_like(w) for w in weights]
+    us, vs = ([w.new_empty(length(w.shape), dtype=wide) for w in weights] for length in (_rows, _columns))
+    return out, us, vs, weights[0].new_empty(len(weights), dtype=wide)
+
+
+def _grad_weights(grads: list[Tensor], weights: list[Tensor], *_: Any) -> list[Tensor]:
+    return [torch.empty_like(w) for w in weights]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    weights, ctx.backend = inputs[0], inputs[-1]
+    _out, us, vs, sigmas = output
+    ctx.mark_non_differentiable(*us, *vs, sigmas)
+    ctx.set_materialize_grads(False)  # a weight that nobody used has no gradient, not one of zeros
+    ctx.save_for_backward(*weights, *us, *vs, sigmas)
+
+
+def _gradient(ctx: Any, grads: list[Tensor | None], *_: Any) -> tuple[Any, ...]:
+    count = len(grads)
+    *tensors, sigmas = ctx.saved_tensors
+    weights, us, vs = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+    wanted = [i for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[0][i]]
+    grad_weights: list[Tensor | None] = [None] * count
+    if wanted:
+        if len(wanted) < count:
+            sigmas = torch.stack([sigmas[i] for i in wanted])
+        computed = backward(*([column[i] for i in wanted] for column in (grads, weights, us, vs)), sigmas, ctx.backend)
+        for i, grad_weight in zip(wanted, computed):
+            grad_weights[i] = grad_weight
+    return grad_weights, [None] * count, [None] * count, None, None, None, None
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    grads, weights, us, vs, _sigmas, _backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*grads, *weights, *us, *vs)
+
+
+def _gradient_of_backward(ctx: Any, cotangents: list[Tensor | None]) -> tuple[Any, ...]:
+    """The gradient of <H, (G - <G, W> u v' / sigma) / sigma>, in which sigma is u' W v."""
+    count = len(cotangents)
+    columns = [ctx.saved_tensors[i * count : (i + 1) * count] for i in range(4)]
+    pairs = [_second(h, *tensors) for h, *tensors in zip(cotangents, *columns)]
+    grad_grads, grad_weights = map(list, zip(*pairs))
+    return grad_grads, grad_weights, [None] * count, [None] * count, None, None
+
+
+def _second(h: Tensor | None, grad: Tensor, weight: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor | None, ...]:
+    if h is None:
+        return None, None
+    wide_h, wide_grad, wide_weight = (t.to(u.dtype).flatten(1) for t in (h, grad, weight))
+    sigma = u @ (wide_weight @ v)
+    along_h = u @ (wide_h @ v) / sigma
+    along_grad = (wide_grad * wide_weight).sum() / sigma
+    of_sigma = (2 * along_grad * along_h - (wide_grad * wide_h).sum() / sigma) / sigma
+    grad_grad = (wide_h - along_h * wide_weight) / sigma
+    grad_weight = of_sigma * torch.outer(u, v) - along_h / sigma * wide_grad
+    return grad_grad.view(grad.shape).to(grad.dtype), grad_weight.view(weight.shape).to(weight.dtype)
+
+
+def _triton_kernel(name: str) -> Any:
+    def launch(*args: Any) -> None:
+        # Triton may not be installed, and takes a while to import.
+        getattr(importlib.import_module(".triton", __package__), name)(*args)
+
+    return launch
+
+
+backward = register(
+    "spectral_normalize_backward",
+    "(Tensor[] grads, Tensor[] weights, Tensor[] us, Tensor[] vs, Tensor sigmas, str backend) -> Tensor[]",
+    outputs=_grad_weights,
+    kernels={"cpu": cpu.backward, "triton": _triton_kernel("backward")},
+    save=_save_backward,
+    gradient=_gradient_of_backward,
+)
+
+forward = register(
+    "spectral_normalize",
+    "(Tensor[] weights, Tensor[] us, Tensor[] vs, int n_power_iterations, float eps, str semantics, str backend)"
+    " -> (Tensor[], Tensor[], Tensor[], Tensor)",
+    outputs=_outputs,
+    kernels={"cpu": cpu.forward, "triton": _triton_kernel("forward")},
+    save=_save,
+    gradient=_gradient,
+)

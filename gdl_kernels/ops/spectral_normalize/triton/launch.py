@@ -1,0 +1,200 @@
+"""Launches the Triton kernels: a few launches for all matrices, whatever their number."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..matrices import Matrix, laid_out_like, matrix
+from . import kernels
+
+DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+#: (rows, columns) that a program multiplies at a time: of wide matrices, and of those with up to NARROW columns. Four
+#: rows of 13,824 columns in float32 are 221 KB, and 29 MB in all 132 programs of an H100: its L2 has 50 MB.
+TILES = {"wide": (4, 1024), "narrow": (32, 64)}
+NARROW = 256
+
+#: Elements that a program divides, or takes the gradient of; and at a time.
+PIECE, CHUNK = 16384, 2048
+
+#: Columns and blocks that are merged at a time; elements of a vector that are normalised at a time.
+STRIP, BLOCKS, VECTOR = 128, 16, 1024
+
+#: (outer, rows, inner) of each matrix.
+Shapes = tuple[tuple[int, int, int], ...]
+
+
+class Work(NamedTuple):
+    """What the programs of a list of shapes do: int64 tables on the device, and their lengths.
+
+    Attributes:
+        products: by how they are launched, (wide or narrow, contiguous, rows on 16 elements): lines of a matrix, its
+            first row, the row after its last, where its sums begin.
+        sums: how many numbers all sums over rows are.
+    """
+
+    shapes: Tensor
+    products: dict[tuple[str, bool, bool], Tensor]
+    strips: Tensor
+    pieces: Tensor
+    sums: int
+
+
+@functools.lru_cache(maxsize=64)
+def _work(shapes: Shapes, device: torch.device) -> Work:
+    table: list[list[int]] = []
+    products: dict[tuple[str, bool, bool], list[list[int]]] = {}
+    strips: list[list[int]] = []
+    pieces: list[list[int]] = []
+    sums = 0
+    for i, (outer, rows, inner) in enumerate(shapes):
+        columns = outer * inner
+        width = "narrow" if columns <= NARROW else "wide"
+        group = TILES[width][0]
+        # Blocks of eight groups, or of as many as leave at most 64 blocks to merge.
+        size = max(8, triton.cdiv(rows, 64 * group)) * group
+        firsts = range(0, rows, size)
+        items = products.setdefault((width, outer == 1, inner % 16 == 0), [])
+        items += [[i, first, min(first + size, rows), sums + n * columns] for n, first in enumerate(firsts)]
+        mine = [[i, n] for n in range(triton.cdiv(rows * columns, PIECE))]
+        table.append([outer, rows, inner, sums, len(firsts), len(pieces), len(mine)])
+        strips += [[i, first] for first in range(0, columns, STRIP)]
+        pieces += mine
+        sums += len(firsts) * columns
+    tensors = (torch.tensor(lines, dtype=torch.int64).to(device) for lines in (table, strips, pieces))
+    shape_table, strip_table, piece_table = tensors
+    product_tables = {k: torch.tensor(items, dtype=torch.int64).to(device) for k, items in products.items()}
+    return Work(shape_table, product_tables, strip_table, piece_table, sums)
+
+
+#: By device, pinned memory for the addresses of calls in CUDA graphs, and how much of it is used.
+_pinned: dict[torch.device, tuple[Tensor, list[int]]] = {}
+
+#: How many addresses that is: 170 captured calls with 64 weights each.
+CAPTURED = 65536
+
+
+def _addresses(lines: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
+    """A table of where tensors are."""
+    numbers = tuple(tensor.data_ptr() for line in lines for tensor in (*line, *line[: 6 - len(line)]))
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _captured_addresses(numbers, device)
+    if device.type == "cuda" and device not in _pinned:
+        _pinned[device] = torch.empty(CAPTURED, dtype=torch.int64).pin_memory(), [0]
+    return _table(numbers, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    # Allocators hand out the same memory again step after step: mostly the table is there.
+    table = torch.tensor(numbers, dtype=torch.int64)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+def _captured_addresses(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """The copy is a part of the graph, so what it copies from stays for good. None can be allocated during capture."""
+    if device not in _pinned:
+        raise RuntimeError("spectral_normalize must run once before it is captured in a CUDA graph")
+    memory, used = _pinned[device]
+    if used[0] + len(numbers) > CAPTURED:
+        raise RuntimeError(f"spectral_normalize can be captured with up to {CAPTURED // 6} weights in a process")
+    part = memory[used[0] : used[0] + len(numbers)]
+    used[0] += len(numbers)
+    part.copy_(torch.tensor(numbers, dtype=torch.int64))
+    return part.to(device, non_blocking=True)
+
+
+def forward(
+    outputs: tuple[list[Tensor], list[Tensor], list[Tensor], Tensor], weights: list[Tensor], us: list[Tensor],
+    vs: list[Tensor], n_power_iterations: int, eps: float, semantics: str, backend: str,
+) -> None:  # fmt: skip
+    out, new_us, new_vs, sigmas = outputs
+    matrices = [matrix(weight) for weight in weights]
+    wide_us = [u.to(sigmas.dtype).contiguous() for u in us]
+    wide_vs = [m.to_memory(v.to(sigmas.dtype)) for m, v in zip(matrices, vs)]
+    vs_there = [new_v if m.order is None else torch.empty_like(new_v) for m, new_v in zip(matrices, new_vs)]
+    lines = list(zip((m.tensor for m in matrices), out, wide_us, wide_vs, new_us, vs_there))
+    device, dtype = sigmas.device, DTYPES[weights[0].dtype]
+    work, addresses = _work(_shapes(matrices), device), _addresses(lines, device)
+    sums = torch.empty(work.sums, dtype=sigmas.dtype, device=device)
+    aligned = _aligned(m.tensor for m in matrices)
+
+    num_warps = 2 * weights[0].dtype.itemsize  # 16 bytes a thread and load, from four rows
+
+    def multiply(left: Any, right: Any, dots: bool, add: bool) -> None:
+        for (width, contiguous, even), items in work.products.items():
+            rows, columns = TILES[width]
+            _launch(
+                kernels._products, len(items), device, work.shapes, addresses, items, sums,
+                LEFT=left, RIGHT=right, DOTS=dots, SUMS=add, ROWS=rows, COLUMNS=columns, DTYPE=dtype,
+                CONTIGUOUS=contiguous, ALIGNED=aligned and even, num_warps=num_warps,
+            )  # fmt: skip
+        if add:
+            _launch(
+                kernels._merge, len(work.strips), device, work.shapes, addresses, work.strips, sums,
+                STRIP=STRIP, BLOCKS=BLOCKS,
+            )  # fmt: skip
+        _launch(
+            kernels._finish, len(matrices), device, work.shapes, addresses, sigmas, eps,
+            DOTS=dots, SUMS=add, ITERATED=n_power_iterations > 0, CHUNK=VECTOR, num_warps=8,
+        )  # fmt: skip
+
+    if n_power_iterations == 0:
+        multiply(kernels.U, kernels.V, dots=True, add=False)
+    for i in range(n_power_iterations):
+        left, right = (kernels.NEW_U, kernels.NEW_V) if i else (kernels.U, kernels.V)
+        if semantics == "biggan":
+            multiply(left, right, dots=False, add=True)
+            multiply(left, kernels.NEW_V, dots=True, add=False)
+        else:
+            multiply(left, right, dots=True, add=True)
+    _launch(
+        kernels._divide, len(work.pieces), device, work.shapes, addresses, work.pieces, sigmas,
+        PIECE=PIECE, CHUNK=CHUNK, DTYPE=dtype, ALIGNED=aligned and _aligned(out), num_warps=8,
+    )  # fmt: skip
+    for m, v, new_v in zip(matrices, vs_there, new_vs):
+        m.from_memory(v, new_v)
+
+
+def backward(
+    grad_weights: list[Tensor], grads: list[Tensor], weights: list[Tensor], us: list[Tensor], vs: list[Tensor],
+    sigmas: Tensor, backend: str,
+) -> None:  # fmt: skip
+    matrices = [matrix(weight) for weight in weights]
+    grads = [laid_out_like(grad, like) for grad, like in zip(grads, grad_weights)]
+    there = [m.to_memory(v) for m, v in zip(matrices, vs)]
+    tensors = [m.tensor for m in matrices]
+    lines = list(zip(tensors, grad_weights, [u.contiguous() for u in us], there, grads))
+    device = sigmas.device
+    work, addresses = _work(_shapes(matrices), device), _addresses(lines, device)
+    products = torch.empty(len(work.pieces), dtype=sigmas.dtype, device=device)
+    constants = {
+        "PIECE": PIECE, "CHUNK": CHUNK, "DTYPE": DTYPES[weights[0].dtype],
+        "ALIGNED": _aligned([*tensors, *grads, *grad_weights]), "num_warps": 8,
+    }  # fmt: skip
+    tables = work.shapes, addresses, work.pieces
+    _launch(kernels._inner_products, len(work.pieces), device, *tables, products, **constants)
+    _launch(kernels._gradients, len(work.pieces), device, *tables, products, sigmas.contiguous(), **constants)
+
+
+def _shapes(matrices: Sequence[Matrix]) -> Shapes:
+    return tuple((m.outer, m.rows, m.inner) for m in matrices)
+
+
+def _aligned(tensors: Iterable[Tensor]) -> bool:
+    """Whether 16 numbers at a time never begin off 16 bytes, nor reach beyond an end."""
+    return all(tensor.data_ptr() % 16 == 0 and tensor.numel() % 16 == 0 for tensor in tensors)
+
+
+def _launch(kernel: Any, programs: int, device: torch.device, *args: Any, **constants: Any) -> None:
+    if programs:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            kernel[(programs,)](*args, **constants)
