@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from ... import _backends, _images
-from ..adain.op import forward
+from ..adain.op import LIFTED, forward
 
 __all__ = ["choices", "forward"]
 
@@ -28,12 +28,12 @@ def _examples() -> Iterator[_backends.Example]:
         ):
             leaves = {key: value.clone().requires_grad_() for key, value in kwargs.items()}
             args = tuple(t.clone().requires_grad_() for t in (x, scale, bias))
-            yield _backends.Example(name + what, args, leaves)
+            yield _backends.Example(name + what, args, leaves, lifted=LIFTED)
         last = x.clone(memory_format=torch.channels_last).requires_grad_()
         leaves = {key: value.clone().requires_grad_() for key, value in given.items()}
-        yield _backends.Example(f"{name}, channels last", (last, scale.requires_grad_(), bias.requires_grad_()), leaves)
+        yield _backends.Example(
+            f"{name}, channels last", (last, scale.requires_grad_(), bias.requires_grad_()), leaves, lifted=LIFTED
+        )
 
 
-choices = _backends.add_op(
-    "style_epilogue", {"cpu": _images.cpu_reasons, "cuda": _images.cuda_reasons}, _examples
-)
+choices = _backends.add_op("style_epilogue", {"cpu": _images.cpu_reasons, "cuda": _images.cuda_reasons}, _examples)
