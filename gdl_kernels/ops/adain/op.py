@@ -17,7 +17,6 @@ from ... import _backends, _images
 from ..._arguments import sum_dtype
 from ..._registration import register
 from . import cpu, cuda
-from .reference import planes
 
 
 def _examples() -> Iterator[_backends.Example]:
@@ -76,10 +75,23 @@ def _gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     return dx, dscale, dbias, dnoise, None, dweight, dchannel, None, None, None
 
 
+#: Channels that a product adds up; what they come to is added after that, so that rounding stays that of a sum.
+ADDED = 32
+
+
 def _noise_gradient(noise: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
     """From the gradient of x: noise reaches every channel of its image, with a weight ``(C,)`` or ``(N, C)``."""
-    weighted = gradient * planes(weight, noise)
-    return weighted.sum((0, 1) if noise.shape[0] == 1 else 1, keepdim=True).reshape(noise.shape)
+    channels = gradient.shape[1]
+    added = next(size for size in range(ADDED, 0, -1) if channels % size == 0)
+    groups = channels // added
+    by_group, flat = weight.unflatten(-1, (groups, added)).unsqueeze(-2), gradient.flatten(2)
+    if flat.stride(2) == 1:
+        sums = (by_group @ flat.unflatten(1, (groups, added))).squeeze(-2)  # [N, groups, pixels]
+    else:
+        # Channels last: a group alone would be copied. Every group's product has zeros for the others' channels.
+        own = torch.eye(groups, dtype=weight.dtype, device=weight.device).unsqueeze(2)
+        sums = (by_group * own).flatten(-2) @ flat
+    return sums.sum((0, 1) if noise.shape[0] == 1 else 1).reshape(noise.shape)
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
