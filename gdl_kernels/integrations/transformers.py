@@ -110,7 +110,7 @@ _registered: dict[str, Callable[..., Layout]] = {}
 _BY_DISTANCE = ("local", "strided")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Seen:
     """What the queries of a call may see, as the model has it.
 

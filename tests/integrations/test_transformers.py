@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from torch import Tensor
 from gdl_kernels import layouts
 from gdl_kernels.integrations import transformers as hook
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read as it is imported
 hf = pytest.importorskip("transformers", minversion="5.24", reason="transformers 5.24 or newer is not installed")
 
 N = 40
@@ -440,6 +442,12 @@ def test_a_mask_has_no_values() -> None:
     for use in (lambda: mask + 1.0, lambda: mask[:, :, 1:], lambda: torch.where(mask, 1, 0)):
         with pytest.raises(NotImplementedError, match=r"calls .* on it: use attn_implementation='sdpa'"):
             use()
+
+
+def test_a_compiled_model_is_refused() -> None:
+    ours, _ = pair(llama)
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException, match=r"or torch\.compile, calls _"):
+        torch.compile(ours, backend="eager")(tokens())
 
 
 def test_unregister() -> None:
