@@ -71,5 +71,5 @@ $(VENV)/compiled: $(VENV)/torch setup.py $(shell find csrc -type f)
 
 $(VENV)/installed: $(VENV)/compiled pyproject.toml
 	$(say) "Installing gdl_kernels and what its tests, models and pictures need"
-	@GDL_KERNELS_REQUIRE_NATIVE=1 $(PIP) install --no-build-isolation $(TORCH) $(TRITON) -e '.[dev,models,plot,triton]'
+	@GDL_KERNELS_REQUIRE_NATIVE=1 $(PIP) install --no-build-isolation $(TORCH) $(TRITON) -e '.[dev,models,plot,transformers,triton]'
 	@touch $@
