@@ -20,8 +20,8 @@ STACKED = 2**18
 #: Matrices of at most so many elements are padded to powers of two, so that more of them share a stack.
 PADDED = 2**13
 
-#: Symmetric products of more rows are taken apart, down to squares of so many on the diagonal. Two threads of an AMD EPYC,
-#: AVX2, float32, times as fast as the full product: 384 x 3456 1.40, 768 x 6912 1.55, 1536 x 13824 1.70.
+#: Symmetric products of more rows are taken apart, down to squares of so many on the diagonal. Two threads of an AMD
+#: EPYC, AVX2, float32, times as fast as the full product: 384 x 3456 1.40, 768 x 6912 1.55, 1536 x 13824 1.70.
 UNDIVIDED = 96
 
 #: Those of fewer rows are left whole: the products that they would be taken apart into are too small to gain by it.
