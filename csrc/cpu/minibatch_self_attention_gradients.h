@@ -8,8 +8,8 @@ namespace gdl {
 
 // Keys whose scores with a tile of queries are kept at once.
 constexpr int kKeysOfPair = 64;
-// Keys that the tiles of queries pass by before others are taken: with their gradients they stay in a 1 MB L2.
-constexpr std::int64_t kResidentKeys = 512;
+// Keys that the tiles of queries pass by before others are taken: with their gradients they take half of a 512 KB L2.
+constexpr std::int64_t kResidentKeys = 256;
 
 // A task has a range of an image's keys. Every range has its own copy of what is summed by queries. How many there are
 // follows from the shape alone: results don't hang on the number of threads.
@@ -134,16 +134,16 @@ struct KeySums {
   Buffer<T> sums;
 };
 
-// For every image calls finish(n), then stores its rows at the keys' pixels.
+// Calls finish(row, sums) for the row of every key of every image, then stores what these have become.
 template <typename E, typename T, typename Finish>
-void store_key_sums(const MapAttention& call, KeySums<T>& sums, const Map& pooled, std::int64_t channels,
+void store_key_sums(const MapAttention& call, KeySums<T>& sums, const Map& pooled_map, std::int64_t channels,
                     const Map& out, Finish finish) {
   parallel_for(
       call.threads, call.batch, [] { return 0; },
       [&](std::int64_t n, int) {
         for (std::int64_t key = 0; key < sums.keys; ++key) finish(n * sums.keys + key, sums.at(n, key));
-        store_keys<E>(call, sums.at(n, 0), sums.width, pooled, n, channels, out);
       });
+  store_keys<E>(call, sums.sums.get(), sums.width, pooled_map, channels, out);
 }
 
 // Walks all pairs: begin(range, n, first key, keys) once a task, then for every tile of queries and some keys, pair(range,
