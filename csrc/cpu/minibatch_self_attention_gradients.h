@@ -37,7 +37,7 @@ struct QueriesSeen {
         lse(make_buffer<T>(kQueryTile)),
         delta(make_buffer<T>(kQueryTile)) {}
 
-  // delta = sum over channels of dO * O; lse in powers of two.
+  // delta = sum over channels of dO * O.
   void load_from(const MapAttention& call, const Map& grad_out, const Map& queries, const Map& outs,
                  const void* all_lse, std::int64_t image, std::int64_t tile) {
     n = image, first = tile * kQueryTile;
@@ -47,7 +47,7 @@ struct QueriesSeen {
     load_tile(MapOf<const E>(grad_out), n, first, count, call.value_channels, T(1), true, grad);
     load_tile(MapOf<const E>(outs), n, first, count, call.value_channels, T(1), false, out);
     const T* from = static_cast<const T*>(all_lse) + n * call.pixels() + first;
-    for (int i = 0; i < lanes; ++i) lse[i] = i < count ? from[i] * static_cast<T>(kLog2E) : T(0);
+    for (int i = 0; i < lanes; ++i) lse[i] = i < count ? from[i] : T(0);
     for (int v = 0; v < lanes; v += kWidth<T>) {
       Vec<T> dot = {};
       for (std::int64_t c = 0; c < call.value_channels; ++c)
@@ -61,6 +61,13 @@ struct QueriesSeen {
   QueryTile<T> query, grad, out;
   Buffer<T> lse, delta;
 };
+
+// The weights of scores. log2(e) multiplies what is left of the score: times the score itself, rounding errors of large
+// scores would be felt in the weights.
+template <typename T>
+Vec<T> weight_of(Vec<T> score, Vec<T> lse) {
+  return exp2<T>((score - lse) * static_cast<T>(kLog2E));
+}
 
 // products[key][query] = rows of keys by a tile of queries.
 template <bool accumulate, typename T>

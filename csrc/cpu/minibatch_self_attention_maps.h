@@ -86,12 +86,12 @@ void load_tile(const MapOf<E>& map, std::int64_t n, std::int64_t first, int coun
     transpose(by_channel, kQueryTile, by_pixel, to.width, static_cast<int>(channels), count);
 }
 
-// Queries, or the gradients of their gradients, as factors of scores in powers of two. `one` is what they have in the
+// Queries, or the gradients of their gradients, times the factor of scores. `one` is what they have in the
 // channel that l2 adds: 1, which has no gradient.
 template <typename E, typename T = accumulator_t<E>>
 void load_queries(const MapAttention& call, const MapOf<E>& map, std::int64_t n, std::int64_t first, int count, T one,
                   bool both, QueryTile<T>& to) {
-  const T factor = static_cast<T>(score_factor(call) * kLog2E);
+  const T factor = static_cast<T>(score_factor(call));
   load_tile(map, n, first, count, call.channels, factor, both, to);
   if (!call.l2) return;
   std::fill_n(to.by_channel.get() + call.channels * kQueryTile, kQueryTile, one * factor);
