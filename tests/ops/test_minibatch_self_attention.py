@@ -138,12 +138,12 @@ def test_peers(backend: str) -> None:
         ours = minibatch_self_attention(query, key, value, pool=pool, backend=backend)
         torch.testing.assert_close(ours, sagan(query, key, value, pool == 2))
     ours = minibatch_self_attention(query, key, value, scale=0.3, backend=backend)
-    rows = [t.flatten(2).transpose(1, 2) for t in (query, key, value)]
-    peer = F.scaled_dot_product_attention(*rows, scale=0.3).transpose(1, 2).view_as(value)
+    q, k, v = (t.flatten(2).transpose(1, 2) for t in (query, key, value))
+    peer = F.scaled_dot_product_attention(q, k, v, scale=0.3).transpose(1, 2).view_as(value)
     torch.testing.assert_close(ours, peer)
     ours = minibatch_self_attention(query, key, value, scale=0.3, score="l2", backend=backend)
-    weights = (-0.3 * torch.cdist(*rows[:2]) ** 2).softmax(-1)
-    torch.testing.assert_close(ours, (weights @ rows[2]).transpose(1, 2).view_as(value))
+    weights = (-0.3 * torch.cdist(q, k) ** 2).softmax(-1)
+    torch.testing.assert_close(ours, (weights @ v).transpose(1, 2).view_as(value))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
