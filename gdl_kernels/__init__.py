@@ -8,6 +8,7 @@ from .nn.spectral_norm_all import remove_spectral_norm_all, spectral_norm_all
 from .ops.adain import adain
 from .ops.adain_from_style import adain_from_style
 from .ops.conditional_batch_norm import conditional_batch_norm
+from .ops.minibatch_self_attention import minibatch_self_attention
 from .ops.minibatch_stddev import minibatch_stddev
 from .ops.orthogonal_regularization import orthogonal_regularization
 from .ops.orthogonalize import orthogonalize
@@ -29,6 +30,7 @@ __all__ = [
     "init_orthogonal_",
     "layouts",
     "merge_attention",
+    "minibatch_self_attention",
     "minibatch_stddev",
     "nn",
     "orthogonal_norm",

@@ -5,7 +5,6 @@
 // tensors.
 #pragma once
 
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -16,19 +15,12 @@
 #include "half.h"
 #include "philox.h"
 #include "sparse_attention.h"
+#include "tiles.h"
 #include "vec.h"
 
 namespace gdl {
 
 constexpr int kMaxTile = 64;
-constexpr double kLog2E = 1.4426950408889634;
-constexpr double kLn2 = 0.6931471805599453;
-
-// n rounded up to whole vectors.
-template <typename T>
-constexpr int padded(std::int64_t n) {
-  return static_cast<int>((n + kWidth<T> - 1) / kWidth<T> * kWidth<T>);
-}
 
 struct Geometry {
   explicit Geometry(const Attention& call)
@@ -106,14 +98,6 @@ inline void store_features(const T* __restrict from, const Strided& x, std::int6
   } else {
     for (std::int64_t j = 0; j < n; ++j) to[j * x.feature] = from_accumulator<E>(from[j]);
   }
-}
-
-// to[j][i] = from[i][j]
-template <typename T>
-inline void transpose(const T* __restrict from, int ld_from, T* __restrict to, int ld_to, int rows, int columns) {
-  for (int j0 = 0; j0 < columns; j0 += 16)
-    for (int i = 0; i < rows; ++i)
-      for (int j = j0; j < (j0 + 16 < columns ? j0 + 16 : columns); ++j) to[j * ld_to + i] = from[i * ld_from + j];
 }
 
 template <typename T>
@@ -205,24 +189,6 @@ inline void dropout_multipliers(const Attention& call, std::int64_t batch, std::
     const std::uint32_t* word = words[queries[i] % 4];
     for (int j = 0; j < columns; ++j) to[i * ld + j] = word[j] >> 1 >= threshold ? kept : T(0);
   }
-}
-
-// Calls work(task) for every task from 0 to count - 1; whoever is free takes the next. make_scratch runs once a thread.
-template <typename MakeScratch, typename Work>
-void parallel_for(int threads, std::int64_t count, MakeScratch make_scratch, Work work) {
-  if (threads > count) threads = static_cast<int>(count > 0 ? count : 1);
-  std::atomic<std::int64_t> next{0};
-  std::atomic<bool> out_of_memory{false};
-#pragma omp parallel num_threads(threads)
-  {
-    try {
-      auto scratch = make_scratch();
-      for (std::int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(task, scratch);
-    } catch (const std::bad_alloc&) {
-      out_of_memory = true;
-    }
-  }
-  if (out_of_memory) throw std::bad_alloc();
 }
 
 }  // namespace gdl

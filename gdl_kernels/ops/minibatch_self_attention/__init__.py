@@ -1,0 +1,88 @@
+"""Self-attention over the pixels of every image of a minibatch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..._arguments import check_finite, check_floating
+from . import op, reference
+
+
+def minibatch_self_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float = 1.0,
+    pool: int = 1,
+    score: str = "dot",
+    backend: str | None = None,
+) -> Tensor:
+    """Every pixel attends to all pixels of its image (SAGAN, arXiv 1805.08318, section 3).
+
+    ``out[b, :, i] = sum_j p[i, j] value[b, :, j]`` with ``p[i, :] = softmax_j(s[i, j])`` over the pixels ``j``, and
+    ``s[i, j] = scale <query[b, :, i], key[b, :, j]>``. The map of all pairs is never in memory, nor in any gradient.
+
+    Args:
+        query: ``(B, C, H, W)``, any strides: what the 1x1 convolutions give.
+        key: ``(B, C, H, W)``.
+        value: ``(B, Cv, H, W)``.
+        scale: 1 as SAGAN and BigGAN have it.
+        pool: 2 attends to key and value max-pooled 2x2, as ``F.max_pool2d(..., 2)`` does it; 1 to all pixels.
+        score: ``"dot"`` as above, or ``"l2"``: ``s[i, j] = -scale |query[b, :, i] - key[b, :, j]|^2`` (arXiv
+            2006.04710, which is Lipschitz where query and key share their weights).
+        backend: overrides the backend of this call.
+
+    Returns:
+        ``(B, Cv, H, W)`` in the dtype of ``value``, contiguous or, where ``value`` is, channels last.
+        Sums are kept in float32, in float64 for float64. What is not finite stays in its image.
+        For its gradient it keeps its inputs, its output and a number a pixel.
+        Twice differentiable by kernels, and from the reference beyond; under ``torch.compile`` once.
+
+    Raises:
+        ValueError: if shapes, batches or devices don't fit each other, ``scale`` is not finite, ``pool`` is neither 1
+            nor 2 or doesn't divide the map, or ``score`` is unknown.
+        TypeError: if dtypes differ or are not floating point.
+        RuntimeError: if ``backend`` was given and can't serve the call.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_floating(name, tensor)
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = (_autocast(tensor) for tensor in (query, key, value))
+    _check(query, key, value, scale, pool, score)
+    chosen = op.choices.pick(query.device, backend, query, key, value, scale=scale, pool=pool, score=score)
+    if chosen == "reference":
+        return reference.minibatch_self_attention(query, key, value, scale, pool, score)
+    return op.forward(query, key, value, scale, pool, score, chosen)[0]
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """As PyTorch's own attention has it: what is not double."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, scale: float, pool: int, score: str) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be (batch, channels, height, width), got shape {tuple(tensor.shape)}")
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
+        if tensor.shape[0] != query.shape[0]:
+            raise ValueError(f"{name} must have the batch size of query, {query.shape[0]}, got {tensor.shape[0]}")
+        if tensor.shape[2:] != query.shape[2:]:
+            sizes = f"{tuple(query.shape[2:])}, got {tuple(tensor.shape[2:])}"
+            raise ValueError(f"{name} must have the height and width of query, {sizes}")
+        if 0 in tensor.shape[1:]:
+            raise ValueError(f"{name} must have a channel and a pixel at least, got shape {tuple(tensor.shape)}")
+    if key.shape[1] != query.shape[1]:
+        raise ValueError(f"key must have the channels of query, {query.shape[1]}, got {key.shape[1]}")
+    check_finite("scale", scale)
+    if not isinstance(pool, int) or pool not in (1, 2):
+        raise ValueError(f"pool must be 1 or 2, got {pool!r}")
+    if query.shape[2] % pool or query.shape[3] % pool:
+        raise ValueError(f"pool={pool} needs maps of even height and width, got {tuple(query.shape[2:])}")
+    if score not in reference.SCORES:
+        raise ValueError(f"score must be one of {', '.join(map(repr, reference.SCORES))}, got {score!r}")
