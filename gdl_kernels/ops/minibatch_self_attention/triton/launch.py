@@ -66,7 +66,7 @@ TILES = {
     "grad_query": Tiles(64, 64, 3, 4),
     "grad_key_value": Tiles(64, 32, 3, 8),
     "double_rows": Tiles(64, 32, 2, 4),
-    "double_columns": Tiles(64, 32, 2, 8),
+    "double_columns": Tiles(64, 16, 2, 8),
 }
 
 
