@@ -59,13 +59,14 @@ class Tiles(NamedTuple):
     num_warps: int
 
 
-#: For 16-bit inputs, by kernel, with up to 128 padded channels. Chosen by what the compiler reports: nothing spills,
-#: and the smaller chips of Ampere, of 99 KB of shared memory a program, run it too. Not yet timed on any GPU.
+#: For 16-bit inputs, by kernel, with up to 128 padded channels. Chosen by what the compiler reports: nothing spills but
+#: 8 bytes of double_rows on sm_80, and 99 KB of shared memory, what the smaller chips have, are enough. Not yet timed on
+#: any GPU.
 TILES = {
     "forward": Tiles(128, 64, 3, 8),
     "grad_query": Tiles(64, 64, 3, 4),
     "grad_key_value": Tiles(64, 32, 3, 8),
-    "double_rows": Tiles(64, 32, 2, 4),
+    "double_rows": Tiles(64, 32, 3, 8),
     "double_columns": Tiles(64, 16, 2, 8),
 }
 
@@ -79,7 +80,7 @@ def tiles(kernel: str, channels: int, itemsize: int) -> Tiles:
     """
     if itemsize == 4:
         # "ieee" products of float32 run on the ordinary cores, operands in registers: small tiles, many warps.
-        own = 16 if channels > 64 and kernel in ("grad_query", "double_rows") else 32
+        own = 16 if channels > 64 and kernel in ("grad_query", "grad_key_value", "double_rows") else 32
         return Tiles(own, 16, 1, 4 if channels <= 64 else 8)
     if channels > 128:
         return Tiles(32, 16, 2, 4)

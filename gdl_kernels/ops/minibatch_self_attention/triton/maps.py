@@ -40,7 +40,7 @@ def store_windows(
     else:
         won = load_pixels(winner, winner_strides, windows, inside, C, BLOCK_C)
         first = first_pixel(windows, width)
-        for corner in tl.static_range(4):
+        for corner in range(4):  # not unrolled: the addresses of all four would fill the registers
             pixels = first + corner // 2 * (2 * width) + corner % 2
             store_pixels(image, strides, pixels, inside, tl.where(won == corner, values, 0.0), C, BLOCK_C)
 
