@@ -21,7 +21,7 @@ SHARED_MEMORY = 99 * 1024
 #: The tensor core instruction of each.
 PRODUCT = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
-#: Bytes a thread that may spill. Fewer queries a program would need none, and lose the tensor core instruction of sm_90.
+#: Bytes a thread that may spill. Fewer queries a program would spill none, but lose sm_90's tensor core instruction.
 SPILLED = {(80, "_double_rows"): 8}
 
 FORWARD = ["_forward"]

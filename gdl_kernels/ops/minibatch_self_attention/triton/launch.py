@@ -60,8 +60,8 @@ class Tiles(NamedTuple):
 
 
 #: For 16-bit inputs, by kernel, with up to 128 padded channels. Chosen by what the compiler reports: nothing spills but
-#: 8 bytes of double_rows on sm_80, and 99 KB of shared memory, what the smaller chips have, are enough. Not yet timed on
-#: any GPU.
+#: 8 bytes of double_rows on sm_80, and 99 KB of shared memory, what the smaller chips have, are enough. Not yet timed
+#: on any GPU.
 TILES = {
     "forward": Tiles(128, 64, 3, 8),
     "grad_query": Tiles(64, 64, 3, 4),
