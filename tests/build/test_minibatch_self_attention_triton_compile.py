@@ -21,9 +21,6 @@ SHARED_MEMORY = 99 * 1024
 #: The tensor core instruction of each.
 PRODUCT = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
-#: Bytes a thread that may spill. Fewer queries a program would spill none, but lose sm_90's tensor core instruction.
-SPILLED = {(80, "_double_rows"): 8}
-
 FORWARD = ["_forward"]
 BACKWARD = ["_grad_query", "_grad_key_value"]
 DOUBLE_BACKWARD = ["_double_rows", "_double_columns"]
@@ -70,6 +67,7 @@ CASES = [
     (90, 4, 17, (9, 13), 1, "dot", torch.float16),  # divides nothing
     (80, 24, 96, (64, 64), 2, "dot", torch.float32),
     (80, 32, 128, (32, 32), 2, "dot", torch.bfloat16),
+    (80, 16, 64, (32, 32), 2, "dot", torch.bfloat16),
     (100, 12, 48, (64, 64), 2, "dot", torch.float32),
     (100, 32, 128, (32, 32), 2, "dot", torch.bfloat16),
 ]
@@ -96,8 +94,8 @@ def test_resources(
     assert [name for name, _ in compiled] == names(pool)
     for name, kernel in compiled:
         usage = resource_usage(kernel, tmp_path)
-        assert usage["STACK"] <= SPILLED.get((arch, name), 0), f"{name} spills: {usage}"
-        assert usage["LOCAL"] == 0, f"{name} has local memory: {usage}"
+        assert usage["STACK"] == usage["LOCAL"] == 0, f"{name} spills: {usage}"
         assert kernel.metadata.shared <= SHARED_MEMORY, f"{name}: {kernel.metadata.shared} bytes of shared memory"
         if dtype != torch.float32 and name != "pool":
-            assert PRODUCT[arch] in kernel.asm["ptx"], f"{name} has no such product"
+            narrow = name == "_double_rows" and value_channels > 64  # as the launcher says
+            assert PRODUCT[80 if narrow else arch] in kernel.asm["ptx"], f"{name} has no such product"
