@@ -24,7 +24,7 @@ struct ForwardScratch {
   Buffer<T> scores, maxima, sums;
 };
 
-// One step of the online softmax down the columns: scores become exp2(score - maximum), and sums and outputs are brought
+// One step of the online softmax down the columns: scores become exp(score - maximum), and sums and outputs are brought
 // to the new maximum. A query in each lane.
 template <typename T>
 void softmax_columns(int keys, int lanes, std::int64_t channels, ForwardScratch<T>& s) {
@@ -42,11 +42,11 @@ void softmax_columns(int keys, int lanes, std::int64_t channels, ForwardScratch<
     const Vec<T> base = top == nothing ? Vec<T>{} : top;  // -inf - -inf is NaN, though a later key may be finite
     Vec<T> totals[2] = {};
     for (k = 0; k < keys; ++k) {
-      const Vec<T> p = exp2<T>(load(column + k * kQueryTile) - base);
+      const Vec<T> p = exp2<T>((load(column + k * kQueryTile) - base) * static_cast<T>(kLog2E));
       store<T>(column + k * kQueryTile, p);
       totals[k % 2] += p;
     }
-    const Vec<T> shrink = exp2<T>(before - base);
+    const Vec<T> shrink = exp2<T>((before - base) * static_cast<T>(kLog2E));
     store<T>(s.maxima.get() + v, top);
     store<T>(s.sums.get() + v, load(s.sums.get() + v) * shrink + (totals[0] + totals[1]));
     bool grown = false;
@@ -94,8 +94,7 @@ void forward(const MapAttention& call, const Map& query, const Map& key, const M
         }
         store_tile(sums, s.out.by_pixel.get(), to, n, first, count, channels);
         T* to_lse = static_cast<T*>(lse) + n * call.pixels() + first;
-        for (int i = 0; i < count; ++i)
-          to_lse[i] = s.maxima[i] * static_cast<T>(kLn2) + std::log(s.sums[i]);
+        for (int i = 0; i < count; ++i) to_lse[i] = s.maxima[i] + std::log(s.sums[i]);
       });
 }
 

@@ -44,7 +44,7 @@ void backward(const MapAttention& call, const Map& grad_out, const Map& query, c
         for (int k = 0; k < some; ++k)
           for (int v = 0; v < seen.lanes; v += kWidth<T>) {
             const int at = k * kQueryTile + v;
-            const Vec<T> weight = exp2<T>(load(p + at) - load(seen.lse.get() + v));
+            const Vec<T> weight = weight_of<T>(load(p + at), load(seen.lse.get() + v));
             store<T>(p + at, weight);
             store<T>(ds + at, weight * (load(ds + at) - load(seen.delta.get() + v)));
           }
@@ -57,8 +57,7 @@ void backward(const MapAttention& call, const Map& grad_out, const Map& query, c
   store_key_sums<E>(call, sum_keys, key, call.channels, grad_key, [&](std::int64_t row, T* sums) {
     const T of_square = call.l2 ? sums[call.channels] : T(0);  // the gradient of -|k|^2 / 2
     const T* k = keys.get() + row * depth;
-    // Queries carry log2(e) besides their factor.
-    for (std::int64_t c = 0; c < call.channels; ++c) sums[c] = (sums[c] - of_square * k[c]) * static_cast<T>(kLn2);
+    for (std::int64_t c = 0; c < call.channels; ++c) sums[c] -= of_square * k[c];
   });
   store_key_sums<E>(call, sum_values, value, channels, grad_value, [](std::int64_t, T*) {});
 }

@@ -69,8 +69,7 @@ void double_backward(const MapAttention& call, const Map& grad_grad_query, const
     for (int k = 0; k < some; ++k)
       for (int v = 0; v < seen.lanes; v += kWidth<T>) {
         const int at = k * kQueryTile + v;
-        store<T>(s.p.get() + at, exp2<T>(load(s.p.get() + at) - load(seen.lse.get() + v)));
-        store<T>(s.u.get() + at, load(s.u.get() + at) * static_cast<T>(kLn2));  // queries carry log2(e)
+        store<T>(s.p.get() + at, weight_of<T>(load(s.p.get() + at), load(seen.lse.get() + v)));
       }
   };
   const auto scratch = [&] { return DoubleBackwardScratch<E>(call); };
@@ -155,7 +154,7 @@ void double_backward(const MapAttention& call, const Map& grad_grad_query, const
     // With l2, -|k|^2 / 2 has a gradient in each direction, and its first gradient, times -b, has one of its own.
     const T of_square = call.l2 ? sums[call.channels] : T(0), of_ds = call.l2 ? factor * sum_ds[row] : T(0);
     for (std::int64_t i = 0; i < call.channels; ++i)
-      sums[i] = (sums[i] - of_square * k[i]) * static_cast<T>(kLn2) - of_ds * direction[i];
+      sums[i] -= of_square * k[i] + of_ds * direction[i];
   });
   store_key_sums<E>(call, sum_values, value, channels, grad_value, [](std::int64_t, T*) {});
 }

@@ -8,8 +8,8 @@ namespace gdl {
 
 // Keys whose scores with a tile of queries are kept at once.
 constexpr int kKeysOfPair = 64;
-// Keys that the tiles of queries pass by before others are taken: with their gradients they stay in a 1 MB L2.
-constexpr std::int64_t kResidentKeys = 512;
+// Keys that the tiles of queries pass by before others are taken: with their gradients they take half of a 512 KB L2.
+constexpr std::int64_t kResidentKeys = 256;
 
 // A task has a range of an image's keys. Every range has its own copy of what is summed by queries. How many there are
 // follows from the shape alone: results don't hang on the number of threads.
@@ -37,7 +37,7 @@ struct QueriesSeen {
         lse(make_buffer<T>(kQueryTile)),
         delta(make_buffer<T>(kQueryTile)) {}
 
-  // delta = sum over channels of dO * O; lse in powers of two.
+  // delta = sum over channels of dO * O.
   void load_from(const MapAttention& call, const Map& grad_out, const Map& queries, const Map& outs,
                  const void* all_lse, std::int64_t image, std::int64_t tile) {
     n = image, first = tile * kQueryTile;
@@ -47,7 +47,7 @@ struct QueriesSeen {
     load_tile(MapOf<const E>(grad_out), n, first, count, call.value_channels, T(1), true, grad);
     load_tile(MapOf<const E>(outs), n, first, count, call.value_channels, T(1), false, out);
     const T* from = static_cast<const T*>(all_lse) + n * call.pixels() + first;
-    for (int i = 0; i < lanes; ++i) lse[i] = i < count ? from[i] * static_cast<T>(kLog2E) : T(0);
+    for (int i = 0; i < lanes; ++i) lse[i] = i < count ? from[i] : T(0);
     for (int v = 0; v < lanes; v += kWidth<T>) {
       Vec<T> dot = {};
       for (std::int64_t c = 0; c < call.value_channels; ++c)
@@ -61,6 +61,13 @@ struct QueriesSeen {
   QueryTile<T> query, grad, out;
   Buffer<T> lse, delta;
 };
+
+// The weights of scores. log2(e) multiplies what is left of the score: times the score itself, rounding errors of large
+// scores would be felt in the weights.
+template <typename T>
+Vec<T> weight_of(Vec<T> score, Vec<T> lse) {
+  return exp2<T>((score - lse) * static_cast<T>(kLog2E));
+}
 
 // products[key][query] = rows of keys by a tile of queries.
 template <bool accumulate, typename T>
@@ -134,16 +141,16 @@ struct KeySums {
   Buffer<T> sums;
 };
 
-// For every image calls finish(n), then stores its rows at the keys' pixels.
+// Calls finish(row, sums) for the row of every key of every image, then stores what these have become.
 template <typename E, typename T, typename Finish>
-void store_key_sums(const MapAttention& call, KeySums<T>& sums, const Map& pooled, std::int64_t channels,
+void store_key_sums(const MapAttention& call, KeySums<T>& sums, const Map& pooled_map, std::int64_t channels,
                     const Map& out, Finish finish) {
   parallel_for(
       call.threads, call.batch, [] { return 0; },
       [&](std::int64_t n, int) {
         for (std::int64_t key = 0; key < sums.keys; ++key) finish(n * sums.keys + key, sums.at(n, key));
-        store_keys<E>(call, sums.at(n, 0), sums.width, pooled, n, channels, out);
       });
+  store_keys<E>(call, sums.sums.get(), sums.width, pooled_map, channels, out);
 }
 
 // Walks all pairs: begin(range, n, first key, keys) once a task, then for every tile of queries and some keys, pair(range,

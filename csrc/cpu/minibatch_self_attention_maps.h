@@ -86,12 +86,12 @@ void load_tile(const MapOf<E>& map, std::int64_t n, std::int64_t first, int coun
     transpose(by_channel, kQueryTile, by_pixel, to.width, static_cast<int>(channels), count);
 }
 
-// Queries, or the gradients of their gradients, as factors of scores in powers of two. `one` is what they have in the
+// Queries, or the gradients of their gradients, times the factor of scores. `one` is what they have in the
 // channel that l2 adds: 1, which has no gradient.
 template <typename E, typename T = accumulator_t<E>>
 void load_queries(const MapAttention& call, const MapOf<E>& map, std::int64_t n, std::int64_t first, int count, T one,
                   bool both, QueryTile<T>& to) {
-  const T factor = static_cast<T>(score_factor(call) * kLog2E);
+  const T factor = static_cast<T>(score_factor(call));
   load_tile(map, n, first, count, call.channels, factor, both, to);
   if (!call.l2) return;
   std::fill_n(to.by_channel.get() + call.channels * kQueryTile, kQueryTile, one * factor);
@@ -111,72 +111,111 @@ void store_tile(const T* rows, T* by_pixel, const MapOf<E>& map, std::int64_t n,
   for (int i = 0; i < count; ++i) store(by_pixel + i * width, map.at(n, 0, first + i), channels);
 }
 
-// Calls visit(channel, key, first pixel of the key's window) for one row of keys, in the order of memory.
-template <typename Visit>
-void visit_keys(const MapAttention& call, std::int64_t y, std::int64_t channels, bool channels_last, Visit visit) {
-  const std::int64_t width = call.width / call.pool;
-  const std::int64_t key = y * width, pixel = y * call.pool * call.width;
-  if (channels_last) {
-    for (std::int64_t x = 0; x < width; ++x)
-      for (std::int64_t c = 0; c < channels; ++c) visit(c, key + x, pixel + x * call.pool);
-  } else {
-    for (std::int64_t c = 0; c < channels; ++c)
-      for (std::int64_t x = 0; x < width; ++x) visit(c, key + x, pixel + x * call.pool);
-  }
-}
+// A part of an image's keys, large enough for a task, and contiguous in memory: rows of keys where channels are last,
+// else channels. Of these so many that their numbers fill the cache lines of the packed rows.
+struct KeyParts {
+  KeyParts(const MapAttention& call, std::int64_t channels, bool channels_last)
+      : rows(call.height / call.pool),
+        channels(channels),
+        channels_last(channels_last),
+        count(channels_last ? rows : (channels + kChannels - 1) / kChannels) {}
 
-// The pixel of a 2x2 window that max pooling takes, as F.max_pool2d does: of equals the first, of NaN the last.
-template <typename E>
-std::int64_t pooled_pixel(const MapAttention& call, const MapOf<const E>& map, std::int64_t n, std::int64_t c,
-                          std::int64_t first) {
-  std::int64_t chosen = first;
-  auto best = to_accumulator(*map.at(n, c, first));
-  for (const std::int64_t pixel : {first + 1, first + call.width, first + call.width + 1}) {
-    const auto x = to_accumulator(*map.at(n, c, pixel));
-    if (x > best || x != x) best = x, chosen = pixel;
+  // Calls visit(channel, key, first pixel of the key's window) in the order of memory.
+  template <typename Visit>
+  void visit(const MapAttention& call, std::int64_t part, Visit visit) const {
+    const std::int64_t width = call.width / call.pool;
+    const auto at = [&](std::int64_t c, std::int64_t y, std::int64_t x) {
+      visit(c, y * width + x, (y * call.width + x) * call.pool);
+    };
+    if (channels_last) {
+      for (std::int64_t x = 0; x < width; ++x)
+        for (std::int64_t c = 0; c < channels; ++c) at(c, part, x);
+    } else {
+      for (std::int64_t c = part * kChannels; c < std::min(channels, (part + 1) * kChannels); ++c)
+        for (std::int64_t y = 0; y < rows; ++y)
+          for (std::int64_t x = 0; x < width; ++x) at(c, y, x);
+    }
   }
-  return chosen;
-}
 
-// Rows of `channels` numbers, one a key of every image: `from` where max pooling takes `pooled`. These are the same but
-// for what is differentiated along the way: that goes where the maximum came from. A row is `width` apart from the next.
+  static constexpr std::int64_t kChannels = 16;
+  std::int64_t rows, channels;
+  bool channels_last;
+  std::int64_t count;
+};
+
+template <typename T>
+struct Pooled {
+  T value;
+  std::int64_t pixel;
+};
+
+// What max pooling takes of a 2x2 window, as F.max_pool2d does: of equals the first, of NaN the last.
 template <typename E, typename T = accumulator_t<E>>
-Buffer<T> pack_keys(const MapAttention& call, const Map& from, const Map& pooled, std::int64_t channels,
+Pooled<T> pooled(const MapAttention& call, const MapOf<const E>& map, std::int64_t n, std::int64_t c,
+                 std::int64_t first) {
+  Pooled<T> best{to_accumulator(*map.at(n, c, first)), first};
+  for (const std::int64_t pixel : {first + 1, first + call.width, first + call.width + 1}) {
+    const T x = to_accumulator(*map.at(n, c, pixel));
+    const bool taken = (x > best.value) | (x != x);  // a select: a branch would go the wrong way half of the time
+    best.value = taken ? x : best.value;
+    best.pixel = taken ? pixel : best.pixel;
+  }
+  return best;
+}
+
+// Rows of `channels` numbers, one a key of every image: `from` where max pooling takes `pooled_map`. These are the same
+// but for what is differentiated along the way: that goes where the maximum came from. Rows are `width` apart.
+template <typename E, typename T = accumulator_t<E>>
+Buffer<T> pack_keys(const MapAttention& call, const Map& from, const Map& pooled_map, std::int64_t channels,
                     std::int64_t width) {
-  const MapOf<const E> values(from), map(pooled);
+  const MapOf<const E> values(from), map(pooled_map);
   Buffer<T> packed = make_buffer<T>(call.batch * call.keys() * width);
-  const std::int64_t rows = call.height / call.pool;
+  const KeyParts parts(call, channels, values.channels_last);
   parallel_for(
-      call.threads, call.batch * rows, [] { return 0; },
+      call.threads, call.batch * parts.count, [] { return 0; },
       [&](std::int64_t task, int) {
-        const std::int64_t n = task / rows;
+        const std::int64_t n = task / parts.count;
         T* to = packed.get() + n * call.keys() * width;
-        visit_keys(call, task % rows, channels, values.channels_last,
-                   [&](std::int64_t c, std::int64_t key, std::int64_t first) {
-                     const std::int64_t pixel = call.pool == 1 ? first : pooled_pixel<E>(call, map, n, c, first);
-                     to[key * width + c] = to_accumulator(*values.at(n, c, pixel));
-                   });
+        const auto pack = [&](auto value_of) {
+          parts.visit(call, task % parts.count, [&](std::int64_t c, std::int64_t key, std::int64_t first) {
+            to[key * width + c] = value_of(c, first);
+          });
+        };
+        if (call.pool == 1)
+          pack([&](std::int64_t c, std::int64_t first) { return to_accumulator(*values.at(n, c, first)); });
+        else if (values.data == map.data)
+          pack([&](std::int64_t c, std::int64_t first) { return pooled<E>(call, map, n, c, first).value; });
+        else
+          pack([&](std::int64_t c, std::int64_t first) {
+            return to_accumulator(*values.at(n, c, pooled<E>(call, map, n, c, first).pixel));
+          });
       });
   return packed;
 }
 
-// Gradients of one image's keys, in rows, stored where max pooling took them from: every pixel is written.
+// Gradients of keys, in rows, stored where max pooling took them from: every pixel is written.
 template <typename E, typename T = accumulator_t<E>>
-void store_keys(const MapAttention& call, const T* rows, std::int64_t width, const Map& pooled, std::int64_t n,
+void store_keys(const MapAttention& call, const T* rows, std::int64_t width, const Map& pooled_map,
                 std::int64_t channels, const Map& out) {
-  const MapOf<const E> map(pooled);
+  const MapOf<const E> map(pooled_map);
   const MapOf<E> to(out);
-  for (std::int64_t y = 0; y < call.height / call.pool; ++y)
-    visit_keys(call, y, channels, to.channels_last, [&](std::int64_t c, std::int64_t key, std::int64_t first) {
-      const E x = from_accumulator<E>(rows[key * width + c]);
-      if (call.pool == 1) {
-        *to.at(n, c, first) = x;
-        return;
-      }
-      const std::int64_t chosen = pooled_pixel<E>(call, map, n, c, first);
-      for (const std::int64_t pixel : {first, first + 1, first + call.width, first + call.width + 1})
-        *to.at(n, c, pixel) = pixel == chosen ? x : E{};
-    });
+  const KeyParts parts(call, channels, to.channels_last);
+  parallel_for(
+      call.threads, call.batch * parts.count, [] { return 0; },
+      [&](std::int64_t task, int) {
+        const std::int64_t n = task / parts.count;
+        const T* from = rows + n * call.keys() * width;
+        parts.visit(call, task % parts.count, [&](std::int64_t c, std::int64_t key, std::int64_t first) {
+          const E x = from_accumulator<E>(from[key * width + c]);
+          if (call.pool == 1) {
+            *to.at(n, c, first) = x;
+            return;
+          }
+          const std::int64_t chosen = pooled<E>(call, map, n, c, first).pixel;
+          for (const std::int64_t pixel : {first, first + 1, first + call.width, first + call.width + 1})
+            *to.at(n, c, pixel) = pixel == chosen ? x : E{};
+        });
+      });
 }
 
 // Keys as scores are made of them.
