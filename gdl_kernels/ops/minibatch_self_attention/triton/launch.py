@@ -79,7 +79,8 @@ def tiles(kernel: str, channels: int, itemsize: int) -> Tiles:
     """
     if itemsize == 4:
         # "ieee" products of float32 run on the ordinary cores, operands in registers: small tiles, many warps.
-        own = 16 if channels > 64 and kernel in ("grad_query", "grad_key_value", "double_rows") else 32
+        small = channels > 64 and kernel in ("grad_query", "grad_key_value", "double_rows")
+        own = 16 if small or channels > 128 else 32
         return Tiles(own, 16, 1, 4 if channels <= 64 else 8)
     if channels > 128:
         return Tiles(32, 16, 2, 4)
