@@ -8,6 +8,7 @@ from .conditional_batch_norm import (
     standing_statistics,
 )
 from .key_value_cache import KeyValueCache
+from .minibatch_self_attention import MinibatchSelfAttention2d
 from .minibatch_stddev import MinibatchStdDev
 from .orthogonal_norm import OrthogonalNorm, init_orthogonal_, orthogonal_norm
 from .pixel_norm import PixelNorm
@@ -21,6 +22,7 @@ __all__ = [
     "ConditionalBatchNorm2d",
     "ConditionalBatchNorm3d",
     "KeyValueCache",
+    "MinibatchSelfAttention2d",
     "MinibatchStdDev",
     "OrthogonalNorm",
     "PixelNorm",

@@ -91,7 +91,7 @@ def tiles(kernel: str, capability: int, head_dim: int, block_size: int, itemsize
 
 #: The dtype that each input dtype is multiplied in. Triton's interpreter can't multiply bfloat16; the products of two
 #: bfloat16 are exact in float32, so what it computes there is the same but for the rounding of the weights.
-_DOT = {
+DOT = {
     torch.float32: tl.float32,
     torch.float16: tl.float16,
     torch.bfloat16: tl.float32 if _native.interpreting() else tl.bfloat16,
@@ -178,7 +178,7 @@ class Call:
         )  # fmt: skip
         return config, {
             "D": self.head_dim, "DV": self.value_dim, "BLOCK_D": block_d, "BLOCK_DV": block_dv,
-            "BLOCK": self.block_size, "OWN": config.own, "STEP": config.step, "DOT": _DOT[self.dtype],
+            "BLOCK": self.block_size, "OWN": config.own, "STEP": config.step, "DOT": DOT[self.dtype],
         }  # fmt: skip
 
     def key_descriptors(self, key: Tensor, value: Tensor, step: int) -> tuple[TensorDescriptor | None, ...]:

@@ -1,0 +1,143 @@
+"""What the launchers share: an op's arguments as kernels take them, pooling, tile sizes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .... import _images
+from ...sparse_attention.triton.launch import DOT, launch, padded
+from . import maps
+
+#: Values that a program of ``pool`` writes: 8 for each thread of four warps.
+POOLED = 1024
+
+
+class Map(NamedTuple):
+    """A tensor, and its strides from image to image, channel to channel, pixel to pixel."""
+
+    tensor: Tensor
+    strides: tuple[int, int, int]
+
+
+def as_map(x: Tensor) -> Map:
+    """The tensor itself where its pixels or its channels are next to each other, else a copy where they are."""
+    last = _images.channels_last(x)
+    lines = _images.lines(x, last)
+    return Map(lines.tensor, (lines.image, 1, lines.line) if last else (lines.image, lines.line, 1))
+
+
+class Pooled(NamedTuple):
+    """Keys or values as the kernels walk them.
+
+    Attributes:
+        pooled: the map, or where nothing is pooled the tensor itself.
+        picked: of another tensor, if it is given, what stands where the largest of each window was; else as ``pooled``.
+        winner: which of each window that is, 0 to 3, in memory as ``pooled``; None where nothing is pooled.
+    """
+
+    pooled: Map
+    picked: Map
+    winner: Tensor | None
+
+
+class Tiles(NamedTuple):
+    """How one kernel is launched.
+
+    Attributes:
+        own: pixels that a program owns: queries, or keys in the kernels of their gradients.
+        step: pixels that it takes at a time from those it walks.
+    """
+
+    own: int
+    step: int
+    num_stages: int
+    num_warps: int
+
+
+#: For 16-bit inputs, by kernel, with up to 128 padded channels. Chosen by what the compiler reports: nothing spills,
+#: and 99 KB of shared memory, what the smaller chips have, are enough. Not yet timed on any GPU.
+TILES = {
+    "forward": Tiles(128, 64, 3, 8),
+    "grad_query": Tiles(64, 32, 3, 4),
+    "grad_key_value": Tiles(64, 32, 3, 8),
+    "double_rows": Tiles(64, 32, 2, 4),
+    "double_columns": Tiles(64, 16, 2, 8),
+}
+
+
+def tiles(kernel: str, channels: int, itemsize: int) -> Tiles:
+    """The launch configuration of a kernel.
+
+    Args:
+        channels: the larger of the padded channel counts.
+        itemsize: bytes an element.
+    """
+    if itemsize == 4:
+        # "ieee" products of float32 run on the ordinary cores, operands in registers: small tiles, many warps.
+        small = channels > 64 and kernel in ("grad_query", "grad_key_value", "double_rows")
+        own = 16 if small or channels > 128 else 32
+        return Tiles(own, 16, 1, 4 if channels <= 64 else 8)
+    if channels > 128:
+        return Tiles(32, 16, 2, 4)
+    if channels > 64 and kernel == "double_rows":
+        # Without sm_90's own instruction, which takes 64 queries: those would spill on sm_80. Penalties of gradients go
+        # through discriminators, whose attention has at most 64 channels.
+        return Tiles(32, 16, 2, 8)
+    return TILES[kernel]
+
+
+class Call:
+    """The arguments that every op of minibatch_self_attention ends with, and what follows from them."""
+
+    def __init__(self, query: Tensor, value: Tensor, scale: float, pool: int, score: str, _backend: str) -> None:
+        self.device, self.dtype = query.device, query.dtype
+        self.batch, self.channels, height, self.n_q = *query.shape[:3], math.prod(query.shape[2:])
+        self.value_channels = value.shape[1]
+        self.pool = pool
+        self.width = query.shape[3] // pool
+        self.n_k = height // pool * self.width
+        self.l2 = score == "l2"
+        # -scale |q - k|^2 is 2 scale (q.k - |k|^2 / 2) but for what is the same for all keys.
+        self.scale = 2 * scale if self.l2 else scale
+
+    def walked(self, x: Tensor, other: Tensor | None = None) -> Pooled:
+        """Keys or values, pooled if the call pools."""
+        source, second = as_map(x), as_map(x if other is None else other)
+        if self.pool == 1:
+            return Pooled(source, second, None)
+        pooled = as_map(_images.empty_like(x[:, :, ::2, ::2]))
+        picked = pooled if other is None else Map(torch.empty_like(pooled.tensor), pooled.strides)
+        winner = torch.empty_like(pooled.tensor, dtype=torch.int8)
+        channels = x.shape[1]
+        # Along memory: all channels of some windows, or many windows of some channels.
+        channel_block = min(64 if pooled.strides[1] == 1 else 8, triton.next_power_of_2(channels))
+        window_block = POOLED // channel_block
+        blocks = triton.cdiv(channels, channel_block), triton.cdiv(self.n_k, window_block)
+        launch(
+            maps.pool, self.batch * blocks[0] * blocks[1], self.device, 4, 1,
+            source.tensor, pooled.tensor, winner, None if other is None else second.tensor, picked.tensor,
+            source.strides, pooled.strides, second.strides, channels, self.n_k, self.width, *blocks,
+            CHANNELS=channel_block, WINDOWS=window_block,
+        )  # fmt: skip
+        return Pooled(pooled, picked, winner)
+
+    def launch(self, name: str, kernel: Any, *args: Any) -> None:
+        """Launch a kernel whose programs own queries, or keys where ``name`` says so."""
+        block_c, block_v = padded(self.channels), padded(self.value_channels)
+        config = tiles(name, max(block_c, block_v), self.dtype.itemsize)
+        owned = self.n_k if name in ("grad_key_value", "double_columns") else self.n_q
+        launch(
+            kernel, self.batch * triton.cdiv(owned, config.own), self.device, config.num_warps, config.num_stages,
+            *args, self.n_q, self.n_k, self.scale,
+            C=self.channels, CV=self.value_channels, BLOCK_C=block_c, BLOCK_V=block_v, OWN=config.own,
+            STEP=config.step, DOT=DOT[self.dtype], L2=self.l2,
+        )  # fmt: skip
+
+    def rows(self, count: int) -> list[Tensor]:
+        """A number for each query, several."""
+        return [torch.empty(self.batch, self.n_q, dtype=torch.float32, device=self.device) for _ in range(count)]
