@@ -65,7 +65,8 @@ void forward(const MapAttention& call, const Map& query, const Map& key, const M
   const MapOf<const E> queries(query);
   const MapOf<E> to(out);
   const std::int64_t depth = features(call), channels = call.value_channels;
-  const Buffer<T> keys = pack_score_keys<E>(call, key), values = pack_keys<E>(call, value, value, channels, channels);
+  const ScoreKeys<T> keys = pack_score_keys<E>(call, key);
+  const Buffer<T> values = pack_keys<E>(call, value, value, channels, channels);
   const std::int64_t tiles = query_tiles(call);
   parallel_for(
       call.threads, call.batch * tiles, [&] { return ForwardScratch<T>(call); },
@@ -81,7 +82,7 @@ void forward(const MapAttention& call, const Map& query, const Map& key, const M
         for (std::int64_t k = 0; k < call.keys(); k += kKeysAtOnce) {
           const int some = static_cast<int>(std::min<std::int64_t>(kKeysAtOnce, call.keys() - k));
           const std::int64_t row = n * call.keys() + k;
-          gemm<false>(some, lanes, static_cast<int>(depth), keys.get() + row * depth, depth, 1,
+          gemm<false>(some, lanes, static_cast<int>(depth), keys.row(row), depth, 1,
                       s.query.by_channel.get(), kQueryTile, s.scores.get(), kQueryTile);
           softmax_columns(some, lanes, channels, s);
           gemm<true>(static_cast<int>(channels), lanes, some, values.get() + row * channels, 1, channels,

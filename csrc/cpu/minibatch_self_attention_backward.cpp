@@ -21,7 +21,8 @@ void backward(const MapAttention& call, const Map& grad_out, const Map& query, c
   using T = accumulator_t<E>;
   const KeyRanges ranges(call);
   const std::int64_t depth = features(call), channels = call.value_channels;
-  const Buffer<T> keys = pack_score_keys<E>(call, key), values = pack_keys<E>(call, value, value, channels, channels);
+  const ScoreKeys<T> keys = pack_score_keys<E>(call, key);
+  const Buffer<T> values = pack_keys<E>(call, value, value, channels, channels);
   QuerySums<T> sum_queries(call, ranges.count, call.channels);
   KeySums<T> sum_keys(call, depth), sum_values(call, channels);
   walk_pairs(
@@ -36,7 +37,7 @@ void backward(const MapAttention& call, const Map& grad_out, const Map& query, c
       },
       [&](std::int64_t range, std::int64_t n, std::int64_t tile, std::int64_t first, int some, BackwardScratch<E>& s) {
         const QueriesSeen<E>& seen = s.seen;
-        const T* rows = keys.get() + (n * call.keys() + first) * depth;
+        const T* rows = keys.row(n * call.keys() + first);
         T *p = s.p.get(), *ds = s.ds.get();
         by_queries<false>(some, seen.lanes, depth, rows, seen.query, p);
         by_queries<false>(some, seen.lanes, channels, values.get() + (n * call.keys() + first) * channels, seen.grad,
@@ -55,9 +56,9 @@ void backward(const MapAttention& call, const Map& grad_out, const Map& query, c
 
   sum_queries.template store_in<E>(call, static_cast<T>(score_factor(call)), grad_query);
   store_key_sums<E>(call, sum_keys, key, call.channels, grad_key, [&](std::int64_t row, T* sums) {
-    const T of_square = call.l2 ? sums[call.channels] : T(0);  // the gradient of -|k|^2 / 2
-    const T* k = keys.get() + row * depth;
-    for (std::int64_t c = 0; c < call.channels; ++c) sums[c] -= of_square * k[c];
+    if (!call.l2) return;
+    const T of_square = sums[call.channels];  // the gradient of -|k|^2 / 2
+    for (std::int64_t c = 0; c < call.channels; ++c) sums[c] -= of_square * keys.key(row, c);
   });
   store_key_sums<E>(call, sum_values, value, channels, grad_value, [](std::int64_t, T*) {});
 }

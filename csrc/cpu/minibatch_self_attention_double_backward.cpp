@@ -44,14 +44,15 @@ void double_backward(const MapAttention& call, const Map& grad_grad_query, const
                      const Map& grad_query, const Map& grad_key, const Map& grad_value) {
   using T = accumulator_t<E>;
   const std::int64_t depth = features(call), channels = call.value_channels, tiles = query_tiles(call);
-  const Buffer<T> keys = pack_score_keys<E>(call, key), values = pack_keys<E>(call, value, value, channels, channels);
+  const ScoreKeys<T> keys = pack_score_keys<E>(call, key);
+  const Buffer<T> values = pack_keys<E>(call, value, value, channels, channels);
   // Max pooling passes the direction on from the pixel that it chose.
   const Buffer<T> b = pack_keys<E>(call, grad_grad_key, key, call.channels, depth);
   const Buffer<T> c = pack_keys<E>(call, grad_grad_value, value, channels, channels);
   if (call.l2)
     for (std::int64_t row = 0; row < call.batch * call.keys(); ++row) {
       T dot = 0;
-      for (std::int64_t i = 0; i < call.channels; ++i) dot += keys[row * depth + i] * b[row * depth + i];
+      for (std::int64_t i = 0; i < call.channels; ++i) dot += keys.key(row, i) * b[row * depth + i];
       b[row * depth + call.channels] = -dot;  // of -|k|^2 / 2
     }
 
@@ -61,10 +62,10 @@ void double_backward(const MapAttention& call, const Map& grad_grad_query, const
   };
   const auto matrices = [&](std::int64_t row, int some, DoubleBackwardScratch<E>& s) {
     const QueriesSeen<E>& seen = s.seen;
-    by_queries<false>(some, seen.lanes, depth, keys.get() + row * depth, seen.query, s.p.get());
+    by_queries<false>(some, seen.lanes, depth, keys.row(row), seen.query, s.p.get());
     by_queries<false>(some, seen.lanes, channels, values.get() + row * channels, seen.grad, s.t.get());
     by_queries<false>(some, seen.lanes, channels, c.get() + row * channels, seen.grad, s.w.get());
-    by_queries<false>(some, seen.lanes, depth, keys.get() + row * depth, s.a, s.u.get());
+    by_queries<false>(some, seen.lanes, depth, keys.row(row), s.a, s.u.get());
     by_queries<true>(some, seen.lanes, depth, b.get() + row * depth, seen.query, s.u.get());
     for (int k = 0; k < some; ++k)
       for (int v = 0; v < seen.lanes; v += kWidth<T>) {
@@ -137,7 +138,7 @@ void double_backward(const MapAttention& call, const Map& grad_grad_query, const
         }
         T* to_queries = sum_queries.at(range, n, tile);
         T* to_outs = sum_outs.at(range, n, tile);
-        add_to_queries(some, seen.lanes, call.channels, keys.get() + row * depth, depth, e, to_queries);
+        add_to_queries(some, seen.lanes, call.channels, keys.row(row), depth, e, to_queries);
         add_to_queries(some, seen.lanes, call.channels, b.get() + row * depth, depth, ds, to_queries);
         add_to_queries(some, seen.lanes, channels, values.get() + row * channels, channels, m, to_outs);
         add_to_queries(some, seen.lanes, channels, c.get() + row * channels, channels, p, to_outs);
@@ -150,11 +151,10 @@ void double_backward(const MapAttention& call, const Map& grad_grad_query, const
   sum_queries.template store_in<E>(call, factor, grad_query);
   sum_outs.template store_in<E>(call, T(1), grad_grad_out);
   store_key_sums<E>(call, sum_keys, key, call.channels, grad_key, [&](std::int64_t row, T* sums) {
-    const T *k = keys.get() + row * depth, *direction = b.get() + row * depth;
-    // With l2, -|k|^2 / 2 has a gradient in each direction, and its first gradient, times -b, has one of its own.
-    const T of_square = call.l2 ? sums[call.channels] : T(0), of_ds = call.l2 ? factor * sum_ds[row] : T(0);
-    for (std::int64_t i = 0; i < call.channels; ++i)
-      sums[i] -= of_square * k[i] + of_ds * direction[i];
+    if (!call.l2) return;
+    // -|k|^2 / 2 has a gradient in each direction, and its first gradient, times -b, has one of its own.
+    const T *direction = b.get() + row * depth, of_square = sums[call.channels], of_ds = factor * sum_ds[row];
+    for (std::int64_t i = 0; i < call.channels; ++i) sums[i] -= of_square * keys.key(row, i) + of_ds * direction[i];
   });
   store_key_sums<E>(call, sum_values, value, channels, grad_value, [](std::int64_t, T*) {});
 }
