@@ -49,10 +49,14 @@ struct QueriesSeen {
     const T* from = static_cast<const T*>(all_lse) + n * call.pixels() + first;
     for (int i = 0; i < lanes; ++i) lse[i] = i < count ? from[i] : T(0);
     for (int v = 0; v < lanes; v += kWidth<T>) {
-      Vec<T> dot = {};
+      // In several sums: all weights of a query feel the rounding of its delta.
+      Vec<T> sums[8] = {};
       for (std::int64_t c = 0; c < call.value_channels; ++c)
-        dot += load(grad.by_channel.get() + c * kQueryTile + v) * load(out.by_channel.get() + c * kQueryTile + v);
-      store<T>(delta.get() + v, dot);
+        sums[c % 8] +=
+            load(grad.by_channel.get() + c * kQueryTile + v) * load(out.by_channel.get() + c * kQueryTile + v);
+      for (int j = 4; j > 0; j /= 2)
+        for (int i = 0; i < j; ++i) sums[i] += sums[i + j];
+      store<T>(delta.get() + v, sums[0]);
     }
   }
 
@@ -153,8 +157,8 @@ void store_key_sums(const MapAttention& call, KeySums<T>& sums, const Map& poole
   store_keys<E>(call, sums.sums.get(), sums.width, pooled_map, channels, out);
 }
 
-// Walks all pairs: begin(range, n, first key, keys) once a task, then for every tile of queries and some keys, pair(range,
-// n, tile, first key, keys, own), after load(n, tile, own). `own` is what make_own() makes for each thread.
+// Walks all pairs: begin(range, n, first key, keys) once a task, then for every tile of queries and some keys
+// pair(range, n, tile, first key, keys, own), after load(n, tile, own). `own` is what make_own() makes for each thread.
 template <typename MakeOwn, typename Begin, typename Load, typename Pair>
 void walk_pairs(const MapAttention& call, const KeyRanges& ranges, MakeOwn make_own, Begin begin, Load load,
                 Pair pair) {
