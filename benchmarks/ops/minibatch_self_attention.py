@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import gdl_kernels
 
 from ..cases import Case, Task
+from ..ceilings import matrix_product
 from ..images import EAGER, FORWARD, TRAINING, ImageOp, case, is_of, over
 from ..passes import Passes
 from ..results import Bar, Result
@@ -76,6 +77,7 @@ def attention_case(
         name=f"{passes.name}, {made.name.split(', ', 1)[1]}, {name}",
         task=Task(task.truth, task.plain, flops=2.0 * pairs * products, bytes=task.bytes),
         contestants=[*others, passes.contestant(SDPA, sdpa), ours],
+        ceiling=matrix_product,
     )
 
 
