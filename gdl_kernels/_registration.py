@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -61,6 +62,21 @@ def register(
     if gradient is not None:
         torch.library.register_autograd(qualified, gradient, setup_context=save, lib=_library)
     return getattr(torch.ops.gdl_kernels, name).default
+
+
+def launchers(package: str | None, name: str, backends: Iterable[str]) -> dict[str, Kernel]:
+    """By backend ``<backend>.<name>`` of an op's package.
+
+    A backend's module is imported at its first call: triton need not be installed, and takes a while to import.
+    """
+
+    def launcher(backend: str) -> Kernel:
+        def launch(*args: Any) -> None:
+            getattr(importlib.import_module(f".{backend}", package), name)(*args)
+
+        return launch
+
+    return {backend: launcher(backend) for backend in backends}
 
 
 def _prefer_huge_pages(out: Any) -> None:

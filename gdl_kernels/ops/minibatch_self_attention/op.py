@@ -6,7 +6,6 @@ the sums. For ``score="l2"`` the scores in it lack ``-scale |query|^2``, which t
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from ... import _backends, _images, _native
 from ..._arguments import sum_dtype
-from ..._registration import register
+from ..._registration import launchers, register
 from . import reference
 
 #: The most channels that the Triton kernels tile; the C++ kernels take any.
@@ -72,15 +71,6 @@ def _second_gradients(*args: Any) -> tuple[Tensor, ...]:
     return tuple(_images.empty_like(t) for t in (value, query, key, value))
 
 
-def _launcher(backend: str, name: str) -> Any:
-    """Calls ``<backend>.<name>`` beside this file, which is imported at the first call."""
-
-    def launch(*args: Any) -> None:
-        getattr(importlib.import_module(f".{backend}", __package__), name)(*args)
-
-    return launch
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, *ctx.call = inputs
     out, lse = output
@@ -131,7 +121,7 @@ double_backward = register(
     "(Tensor grad_grad_query, Tensor grad_grad_key, Tensor grad_grad_value, Tensor grad_out, Tensor query, Tensor key, "
     f"Tensor value, Tensor out, Tensor lse, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor)",
     outputs=_second_gradients,
-    kernels={name: _launcher(name, "double_backward") for name in _KERNELS},
+    kernels=launchers(__package__, "double_backward", _KERNELS),
     save=_save_double_backward,
     gradient=_gradient_of_double_backward,
 )
@@ -141,7 +131,7 @@ backward = register(
     f"(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, {_CALL}) "
     "-> (Tensor, Tensor, Tensor)",
     outputs=_gradients,
-    kernels={name: _launcher(name, "backward") for name in _KERNELS},
+    kernels=launchers(__package__, "backward", _KERNELS),
     save=_save_backward,
     gradient=_gradient_of_backward,
 )
@@ -150,7 +140,7 @@ forward = register(
     "minibatch_self_attention",
     f"(Tensor query, Tensor key, Tensor value, {_CALL}) -> (Tensor, Tensor)",
     outputs=_outputs,
-    kernels={name: _launcher(name, "forward") for name in _KERNELS},
+    kernels=launchers(__package__, "forward", _KERNELS),
     save=_save,
     gradient=_gradient,
 )

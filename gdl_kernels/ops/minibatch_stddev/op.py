@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ... import _backends, _images
-from ..._registration import register
-from . import cpu, reference
+from ..._registration import launchers, register
+from . import reference
 
 #: The largest group that the Triton kernels hold at once; the C++ kernels take any.
 MAX_GROUP = 1024
@@ -93,20 +92,13 @@ def _gradient_of_backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
     return grad_grad, grad_x, None, None, None, None
 
 
-def _triton(name: str) -> Any:
-    """A launcher of ``triton.py``, which is imported at the first call: triton need not be installed."""
-
-    def launch(*args: Any) -> None:
-        getattr(importlib.import_module(".triton", __package__), name)(*args)
-
-    return launch
-
+_KERNELS = ("cpu", "triton")
 
 backward = register(
     "minibatch_stddev_backward",
     "(Tensor grad, Tensor x, int group_size, int num_features, float eps, str backend) -> Tensor",
     outputs=_grad_input,
-    kernels={"cpu": cpu.backward, "triton": _triton("backward")},
+    kernels=launchers(__package__, "backward", _KERNELS),
     save=_save_backward,
     gradient=_gradient_of_backward,
 )
@@ -115,7 +107,7 @@ forward = register(
     "minibatch_stddev",
     "(Tensor x, int group_size, int num_features, float eps, str backend) -> Tensor",
     outputs=_output,
-    kernels={"cpu": cpu.forward, "triton": _triton("forward")},
+    kernels=launchers(__package__, "forward", _KERNELS),
     save=_save,
     gradient=_gradient,
 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import _backends, _matrices, _native
-from ..._registration import register
+from ..._registration import launchers, register
 from .cpu import orientation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -59,15 +59,6 @@ def _outputs(
 
 def _gradients(grad: Tensor, weights: list[Tensor], *_: Any) -> list[Tensor]:
     return [_matrices.empty_like(weight) for weight in weights]
-
-
-def _launcher(backend: str, name: str) -> Any:
-    """Calls ``<backend>.<name>`` beside this file, which is imported at the first call."""
-
-    def launch(*args: Any) -> None:
-        getattr(importlib.import_module(f".{backend}", __package__), name)(*args)
-
-    return launch
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
@@ -124,7 +115,7 @@ backward = register(
     "orthogonal_regularization_backward",
     "(Tensor grad, Tensor[] weights, Tensor[] kept, float beta, bool columns, str backend) -> Tensor[]",
     outputs=_gradients,
-    kernels={name: _launcher(name, "backward") for name in _KERNELS},
+    kernels=launchers(__package__, "backward", _KERNELS),
     save=_save_backward,
     gradient=_gradient_of_backward,
 )
@@ -134,7 +125,7 @@ forward = register(
     "orthogonal_regularization",
     "(Tensor[] weights, float beta, bool columns, bool keep, str backend) -> (Tensor, Tensor[])",
     outputs=_outputs,
-    kernels={name: _launcher(name, "forward") for name in _KERNELS},
+    kernels=launchers(__package__, "forward", _KERNELS),
     save=_save,
     gradient=_gradient,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _backends, _native
-from ..._registration import register
+from ..._registration import launchers, register
 from ...layouts import BlockLists, Layout, causal, from_mask, strided
 from . import reference
 
@@ -110,15 +109,6 @@ def _second_gradients(
     """Of ``grad_out``, ``grad_lse``, ``query``, ``key`` and ``value``."""
     grad_grad_lse = torch.empty_like(lse, memory_format=torch.contiguous_format)  # as the kernels keep lse
     return torch.empty_like(out), grad_grad_lse, *_gradients(grad_out, grad_lse, query, key, value)
-
-
-def _launcher(backend: str, name: str) -> Any:
-    """Calls ``<backend>.<name>`` beside this file, which is imported at the first call."""
-
-    def launch(*args: Any) -> None:
-        getattr(importlib.import_module(f".{backend}", __package__), name)(*args)
-
-    return launch
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -236,7 +226,7 @@ double_backward = register(
     f"Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, {_CALL}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     outputs=_second_gradients,
-    kernels={name: _launcher(name, "double_backward") for name in _KERNELS},
+    kernels=launchers(__package__, "double_backward", _KERNELS),
     save=_save_double_backward,
     gradient=_gradient_of_double_backward,
 )
@@ -246,7 +236,7 @@ backward = register(
     "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
     f"{_CALL}) -> (Tensor, Tensor, Tensor)",
     outputs=_gradients,
-    kernels={name: _launcher(name, "backward") for name in _KERNELS},
+    kernels=launchers(__package__, "backward", _KERNELS),
     save=_save_backward,
     gradient=_gradient_of_backward,
 )
@@ -255,7 +245,7 @@ forward = register(
     "sparse_attention",
     f"(Tensor query, Tensor key, Tensor value, {_CALL}) -> (Tensor, Tensor)",
     outputs=_outputs,
-    kernels={name: _launcher(name, "forward") for name in _KERNELS},
+    kernels=launchers(__package__, "forward", _KERNELS),
     save=_save,
     gradient=_gradient,
 )

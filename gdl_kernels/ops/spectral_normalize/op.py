@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ... import _backends, _native
-from ..._registration import register
-from . import cpu, reference
+from ..._registration import launchers, register
+from . import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -136,19 +135,13 @@ def _second(h: Tensor | None, grad: Tensor, weight: Tensor, u: Tensor, v: Tensor
     return grad_grad.view(grad.shape).to(grad.dtype), grad_weight.view(weight.shape).to(weight.dtype)
 
 
-def _triton_kernel(name: str) -> Any:
-    def launch(*args: Any) -> None:
-        # Triton may not be installed, and takes a while to import.
-        getattr(importlib.import_module(".triton", __package__), name)(*args)
-
-    return launch
-
+_KERNELS = ("cpu", "triton")
 
 backward = register(
     "spectral_normalize_backward",
     "(Tensor[] grads, Tensor[] weights, Tensor[] us, Tensor[] vs, Tensor sigmas, str backend) -> Tensor[]",
     outputs=_grad_weights,
-    kernels={"cpu": cpu.backward, "triton": _triton_kernel("backward")},
+    kernels=launchers(__package__, "backward", _KERNELS),
     save=_save_backward,
     gradient=_gradient_of_backward,
 )
@@ -158,7 +151,7 @@ forward = register(
     "(Tensor[] weights, Tensor[] us, Tensor[] vs, int n_power_iterations, float eps, str semantics, str backend)"
     " -> (Tensor[], Tensor[], Tensor[], Tensor)",
     outputs=_outputs,
-    kernels={"cpu": cpu.forward, "triton": _triton_kernel("forward")},
+    kernels=launchers(__package__, "forward", _KERNELS),
     save=_save,
     gradient=_gradient,
 )
