@@ -1,0 +1,1 @@
+"""ProGAN: progressive growing of GANs (arXiv 1710.10196)."""

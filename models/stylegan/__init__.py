@@ -1,0 +1,1 @@
+"""StyleGAN: a style-based generator (arXiv 1812.04948)."""

@@ -1,0 +1,234 @@
+"""StyleGAN's networks (arXiv 1812.04948, section 2 and appendices B and C; where its code differs, as the code)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gdl_kernels import pixel_norm, style_epilogue
+
+from ..gans.blur import Blur
+from ..gans.equalized import EqualizedConv2d, EqualizedLinear
+from ..gans.growing import check_alpha, upsample
+from ..progan import model as progan
+
+SLOPE = 0.2
+EPILOGUE_EPS = 1e-8
+
+#: The layers that truncation reaches by default: those up to 32×32.
+TRUNCATED_LAYERS = 8
+
+
+@dataclass(frozen=True)
+class Config(progan.Config):
+    """The shape of all three networks; the defaults are the published ones.
+
+    Attributes:
+        resolution: a power of two from 8 on.
+        style: numbers in a style vector, and in the hidden layers of the mapping network.
+        mapping_layers: of the mapping network.
+        mean_decay: of the running average of style vectors.
+    """
+
+    style: int = 512
+    mapping_layers: int = 8
+    mean_decay: float = 0.995
+
+    LEAST = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("style", "mapping_layers"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if not 0 <= self.mean_decay < 1:
+            raise ValueError(f"mean_decay must be from 0 up to 1, got {self.mean_decay}")
+
+
+def layers_at(resolution: int) -> int:
+    """How many layers, each with a style of its own, make images of a resolution: two for each doubling from 4×4."""
+    return 2 * (resolution.bit_length() - 2)
+
+
+class Mapping(nn.Module):
+    """Latent vectors, normalised to unit mean square, to style vectors: ``(N, latent)`` to ``(N, style)``.
+
+    Learns at a hundredth of the other layers' rate.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        widths = [config.latent] + [config.style] * config.mapping_layers
+        self.layers = nn.ModuleList(EqualizedLinear(a, b, rate=0.01) for a, b in pairwise(widths))
+
+    def forward(self, latent: Tensor) -> Tensor:
+        x = pixel_norm(latent)
+        for layer in self.layers:
+            x = F.leaky_relu(layer(x), SLOPE)
+        return x
+
+
+class Layer(nn.Module):
+    """A convolution, and what a style makes of it: noise, bias, leaky ReLU, instance normalisation, scale and bias.
+
+    The layer that starts from the learned constant has no convolution.
+    """
+
+    def __init__(self, config: Config, inputs: int | None, outputs: int, *, doubles: bool = False) -> None:
+        super().__init__()
+        self.convolution = None if inputs is None else EqualizedConv2d(inputs, outputs, 3, bias=False)
+        self.blur = Blur() if doubles else None
+        self.affine = EqualizedLinear(config.style, 2 * outputs, gain=1.0)
+        self.noise_weight = nn.Parameter(torch.zeros(outputs))
+        self.channel_bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor, style: Tensor, noise: Tensor | None) -> Tensor:
+        # The epilogue normalises, so it can undo the convolution's scale: with all that is added divided by it, and eps
+        # by its square, its output is the same. No pass over weights or images applies the scale.
+        divisor = 1.0
+        if self.convolution is not None:
+            divisor = self.convolution.scale
+            x = self.convolution.unscaled(x if self.blur is None else upsample(x))
+        if self.blur is not None:
+            x = self.blur(x)
+        scale, bias = self.affine(style).chunk(2, 1)
+        return style_epilogue(
+            x, 1 + scale, bias, noise=noise, noise_weight=self.noise_weight / divisor,
+            channel_bias=self.channel_bias / divisor, negative_slope=SLOPE, eps=EPILOGUE_EPS / divisor**2,
+        )  # fmt: skip
+
+
+class Synthesis(nn.Module):
+    """Style vectors, one for each layer, to images."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        widths = [config.channels(resolution) for resolution in config.resolutions]
+        self.constant = nn.Parameter(torch.ones(1, widths[0], 4, 4))
+        layers = [Layer(config, None, widths[0]), Layer(config, widths[0], widths[0])]
+        for a, b in pairwise(widths):
+            layers += [Layer(config, a, b, doubles=True), Layer(config, b, b)]
+        self.layers = nn.ModuleList(layers)
+        self.to_image = nn.ModuleList(EqualizedConv2d(width, config.image_channels, 1, gain=1.0) for width in widths)
+
+    def forward(self, styles: Tensor, alpha: float = 1.0, noise: Sequence[Tensor] | None = None) -> Tensor:
+        """``styles`` ``(N, layers, style)`` to ``(N, image_channels, R, R)``: two layers for each doubling up to R.
+
+        ``noise`` has a tensor ``(N or 1, 1, H, W)`` for each layer; without it, it is drawn.
+        """
+        count = styles.shape[1]
+        if noise is not None and len(noise) != count:
+            raise ValueError(f"noise must have a tensor for each of {count} layers, got {len(noise)}")
+        before = x = self.constant.expand(styles.shape[0], -1, -1, -1)
+        for index in range(count):
+            if index == count - 2:
+                before = x
+            x = self.layers[index](x, styles[:, index], None if noise is None else noise[index])
+        images = self.to_image[count // 2 - 1](x)
+        return images if alpha == 1 else upsample(self.to_image[count // 2 - 2](before)).lerp(images, alpha)
+
+
+class Generator(nn.Module):
+    """Latent vectors to images, by way of style vectors.
+
+    All layers are there from the beginning; those beyond the resolution that is asked for are not run, and get no
+    gradient. In training mode every call moves ``mean_style``, the running average of style vectors.
+    """
+
+    mean_style: Tensor
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.mapping = Mapping(config)
+        self.synthesis = Synthesis(config)
+        self.register_buffer("mean_style", torch.zeros(config.style))
+
+    def styles(self, latent: Tensor, resolution: int | None = None) -> Tensor:
+        """``(N, layers, style)``: the same style in all layers that make images of ``resolution``.
+
+        Raises:
+            ValueError: if ``latent`` is not ``(N, config.latent)``, or there is no such resolution.
+        """
+        resolution = progan.check_call(self.config, latent, resolution, 1.0)
+        style = self.mapping(latent)
+        if self.training:
+            with torch.no_grad():
+                self.mean_style.lerp_(style.mean(0).to(self.mean_style), 1 - self.config.mean_decay)
+        return style[:, None].expand(-1, layers_at(resolution), -1)
+
+    def truncated(self, styles: Tensor, psi: float = 0.7, layers: int = TRUNCATED_LAYERS) -> Tensor:
+        """The truncation trick: ``mean + psi (style - mean)`` in the first ``layers`` layers.
+
+        Smaller psi gives up variety for quality; 0 is the mean style, and 1 changes nothing.
+
+        Raises:
+            ValueError: if psi is not finite, or layers is negative.
+        """
+        if not math.isfinite(psi):
+            raise ValueError(f"psi must be finite, got {psi}")
+        if layers < 0:
+            raise ValueError(f"layers must not be negative, got {layers}")
+        near = self.mean_style.to(styles).lerp(styles[:, :layers], psi)
+        return torch.cat([near, styles[:, layers:]], 1)
+
+    def noise(
+        self, count: int, resolution: int | None = None, *, generator: torch.Generator | None = None
+    ) -> list[Tensor]:
+        """Standard normal noise for every layer up to a resolution, to be given to several calls."""
+        like = self.synthesis.constant
+        sides = [4 << index // 2 for index in range(layers_at(resolution or self.config.resolution))]
+        return [torch.randn(count, 1, side, side, generator=generator).to(like) for side in sides]
+
+    def forward(
+        self, latent: Tensor, resolution: int | None = None, alpha: float = 1.0, *,
+        mixed: tuple[Tensor, int] | None = None, noise: Sequence[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Images of one resolution.
+
+        Args:
+            latent: ``(N, config.latent)``, standard normal; its length is normalised here.
+            resolution: that of the configuration by default.
+            alpha: share of the newest layers; the rest is what the ones before them make, upsampled.
+            mixed: other latent vectors, and the first layer that takes its style from them.
+            noise: of :meth:`noise`, for the same details at each call. Without it, it is drawn anew.
+
+        Returns:
+            ``(N, image_channels, resolution, resolution)``; of trained networks about -1 to 1.
+
+        Raises:
+            ValueError: if ``latent`` has another shape, the network has no such resolution, alpha is not in 0 to 1,
+                there is no such layer, or noise is not for each layer.
+        """
+        check_alpha(alpha)
+        styles = self.styles(latent, resolution)
+        if mixed is not None:
+            other, first = mixed
+            styles = mix(styles, self.styles(other, resolution), first, styles.shape[1])
+        return self.synthesis(styles, alpha, noise)
+
+
+def mix(styles: Tensor, others: Tensor, first: int, end: int) -> Tensor:
+    """``styles`` with layers ``first`` up to, not including, ``end`` from ``others``; both ``(N, layers, style)``.
+
+    Raises:
+        ValueError: if there are no such layers.
+    """
+    layers = styles.shape[1]
+    if not 0 <= first < end <= layers:
+        raise ValueError(f"mixed layers must be from 0 to {layers}, the first before the end, got {first} to {end}")
+    return torch.cat([styles[:, :first], others[:, first:end], styles[:, end:]], 1)
+
+
+class Discriminator(progan.Discriminator):
+    """ProGAN's, with blur before every downsampling."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config, blur=True)
