@@ -1,108 +1,134 @@
-"""Progressive growing (ProGAN, arXiv 1710.10196, section 2): what resolution is trained when, and how it fades in."""
+"""GANs that grow (ProGAN, arXiv 1710.10196): both networks begin with few pixels, and layers for more fade in."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from typer import Option
 
-#: Images in a step, by resolution, on one GPU: those of the published code.
-BATCHES = {4: 128, 8: 128, 16: 128, 32: 64, 64: 32, 128: 16, 256: 8, 512: 4, 1024: 4}
+from .data import Batch
+from .model import Config, Gan, Stage
+from .schedule import Schedule, check_resolution, resolutions
+from .training import Recipe
 
+#: The most images in a step, by resolution: those of the published code on one GPU.
+BATCHES = {4: 128, 8: 128, 16: 128, 32: 64, 64: 32, 128: 16, 256: 8}
 
-def check_resolution(name: str, resolution: int, *, least: int = 4, most: int | None = None) -> None:
-    """Raise a ValueError if a resolution is not a power of two, too small or too large."""
-    allowed = f"a power of two of at least {least}" + ("" if most is None else f" and at most {most}")
-    whole = isinstance(resolution, int) and not isinstance(resolution, bool)
-    if not whole or resolution < least or resolution & (resolution - 1) or (most is not None and resolution > most):
-        raise ValueError(f"{name} must be {allowed}, got {resolution!r}")
-
-
-def check_alpha(alpha: float) -> None:
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must be from 0 to 1, got {alpha}")
-
-
-def resolutions(first: int, last: int) -> list[int]:
-    """Powers of two, both ends included."""
-    return [2**power for power in range(first.bit_length() - 1, last.bit_length())]
-
-
-def channels(resolution: int, *, capacity: int, widest: int) -> int:
-    """Of a layer: ``capacity / resolution``, but no more than ``widest``. As published, these are 16384 and 512."""
-    return min(widest, capacity // resolution)
+#: Above the last of these.
+LEAST_BATCH = 4
 
 
 @dataclass(frozen=True)
-class Phase:
-    """Where a growing network stands.
+class GrowingConfig(Config):
+    """The shape of networks that grow; the defaults are the published ones.
 
     Attributes:
-        resolution: of the images made and judged.
-        alpha: how far the newest layers are faded in: 0 is not at all, 1 that they alone count.
+        size: of the images once all layers have grown.
+        capacity, widest: a layer at resolution R has ``min(widest, capacity / R)`` channels.
+        group_size: samples that the minibatch standard deviation compares.
     """
 
-    resolution: int
-    alpha: float = 1.0
+    size: Annotated[int, Option(help="Height and width of the images in the end, a power of two.")] = 1024
+    latent: Annotated[int, Option(help="Length of the latent vector.")] = 512
+    capacity: Annotated[int, Option(help="Channels of a layer, times its resolution.")] = 16384
+    widest: Annotated[int, Option(help="Channels of a layer, at the most.")] = 512
+    group_size: Annotated[int, Option(help="Samples that the minibatch standard deviation compares.")] = 4
 
-
-@dataclass(frozen=True)
-class Schedule:
-    """The phase after so many images have been shown.
-
-    Resolutions double from ``first`` to ``last``. Each but the first fades in over ``fade`` images, and is then trained
-    for ``stable`` images, the last one without end. A step takes ``batches[resolution]`` images.
-
-    Attributes:
-        batches: by resolution; one that is not there takes that of the next smaller one.
-    """
-
-    first: int
-    last: int
-    fade: int = 600_000
-    stable: int = 600_000
-    batches: Mapping[int, int] = field(default_factory=lambda: dict(BATCHES))
+    #: The resolution that growth begins with.
+    FIRST: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
-        check_resolution("first", self.first)
-        check_resolution("last", self.last, least=self.first)
-        for name in ("fade", "stable"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        for resolution, batch in self.batches.items():
-            check_resolution("batches", resolution)
-            if not isinstance(batch, int) or batch < 1:
-                raise ValueError(f"batches must be whole numbers of at least 1, got {batch!r} at {resolution}")
-        if not any(resolution <= self.first for resolution in self.batches):
-            raise ValueError(f"batches must have one for {self.first} or less, got {dict(self.batches)}")
+        super().__post_init__()
+        check_resolution("size", self.size, least=self.FIRST)
+        for name in ("widest", "group_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.capacity < self.size:
+            raise ValueError(f"capacity must be at least the size, {self.size}, got {self.capacity}")
+        if self.classes:
+            raise ValueError(f"classes must be 0, for models that grow know none: --no-conditional; got {self.classes}")
 
-    def phase(self, images: int) -> Phase:
-        """The phase of the step that begins after ``images``."""
-        if images < self.stable or self.first == self.last:
-            return Phase(self.first)
-        grown, into = divmod(images - self.stable, self.fade + self.stable)
-        steps_up = (self.last // self.first).bit_length() - 1
-        if grown >= steps_up:
-            return Phase(self.last)
-        return Phase(self.first << (grown + 1), min(1.0, into / self.fade))
+    @property
+    def widths(self) -> list[int]:
+        """Channels at every resolution from 4 to ``size``."""
+        return [min(self.widest, self.capacity // resolution) for resolution in resolutions(4, self.size)]
 
-    def batch(self, resolution: int) -> int:
-        return self.batches[max(known for known in self.batches if known <= resolution)]
 
-    def steps(self) -> int:
-        """Until the last resolution has had its share of images too."""
-        steps = images = 0
-        while images < self.images():
-            images += self.batch(self.phase(images).resolution)
-            steps += 1
-        return steps
+@dataclass(frozen=True)
+class GrowingRecipe(Recipe):
+    """A recipe with phases. ``batch`` is the most; at high resolutions there are fewer, see ``BATCHES``.
 
-    def images(self) -> int:
-        """Images of all phases."""
-        return self.stable + (len(resolutions(self.first, self.last)) - 1) * (self.fade + self.stable)
+    Attributes:
+        fade, stable: images that each resolution fades in over, and those that it is then trained for.
+    """
+
+    conditional: bool = False
+    batch: Annotated[int, Option(help="Images in an update, at the most: fewer above 16×16.")] = 128
+    generator_rate: Annotated[float, Option(help="Learning rate of the generator at low resolutions.")] = 1e-3
+    discriminator_rate: Annotated[float, Option(help="Learning rate of the discriminator there.")] = 1e-3
+    beta2: Annotated[float, Option(help="Adam's.")] = 0.99
+    fade: Annotated[int, Option(help="Images over which a resolution fades in.")] = 600_000
+    stable: Annotated[int, Option(help="Images that it is then trained for.")] = 600_000
+
+    def batches(self, config: GrowingConfig) -> dict[int, int]:
+        """Images in a step, by resolution.
+
+        Raises:
+            ValueError: if such a batch, or its parts, can't be divided into the groups of the minibatch standard
+                deviation.
+        """
+        found = {}
+        for resolution in resolutions(config.FIRST, config.size):
+            batch = found[resolution] = min(self.batch, BATCHES.get(resolution, LEAST_BATCH))
+            part, rest = divmod(batch, self.accumulate)
+            if rest or (part > config.group_size and part % config.group_size):
+                raise ValueError(
+                    f"batch must be a multiple of accumulate, and its parts of group_size or smaller, got {batch} at "
+                    f"{resolution}×{resolution} in {self.accumulate} parts with a group_size of {config.group_size}"
+                )
+        return found
+
+    def schedule(self, config: GrowingConfig) -> Schedule:
+        return Schedule(config.FIRST, config.size, self.fade, self.stable)
+
+    def steps(self, config: GrowingConfig) -> int:
+        """Of all phases."""
+        return self.schedule(config).steps(self.batches(config))
+
+
+class GrowingGan(Gan):
+    """A GAN whose stage changes with the images it was shown.
+
+    Its generator takes latents, a resolution and alpha; its discriminator images and alpha.
+
+    Class attributes:
+        rate_factors: what rates are multiplied by from a resolution on.
+    """
+
+    config: GrowingConfig
+    rate_factors: ClassVar[Mapping[int, float]]
+
+    def stage_at(self, shown: int, recipe: Recipe) -> Stage:
+        assert isinstance(recipe, GrowingRecipe)
+        phase = recipe.schedule(self.config).phase(shown)
+        factor = self.rate_factors[max(r for r in self.rate_factors if r <= phase.resolution)]
+        rates = recipe.generator_rate * factor, recipe.discriminator_rate * factor
+        return Stage(phase.resolution, recipe.batches(self.config)[phase.resolution], rates, phase.alpha)
+
+    def generate(
+        self, generator: nn.Module, latents: Tensor, labels: Tensor | None, *, truncation: float | None = None
+    ) -> Tensor:
+        return generator(latents, self.stage.resolution, self.stage.alpha)
+
+    def score(self, batch: Batch) -> Tensor:
+        return self.discriminator(batch.images, self.stage.alpha)
+
+    def reals(self, batch: Batch) -> Batch:
+        return batch._replace(images=faded(batch.images, self.stage.alpha))
 
 
 def upsample(x: Tensor) -> Tensor:
@@ -115,27 +141,35 @@ def downsample(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 2)
 
 
-def at_phase(images: Tensor, phase: Phase) -> Tensor:
-    """Real images as large as those that are generated, and while a resolution fades in as sharp.
-
-    Pixels are means of squares; while fading in, ``alpha`` times these and ``1 - alpha`` times those of half the
-    resolution.
-    """
-    images = F.avg_pool2d(images, images.shape[-1] // phase.resolution)
-    return images if phase.alpha == 1 else upsample(downsample(images)).lerp(images, phase.alpha)
+def faded(images: Tensor, alpha: float) -> Tensor:
+    """Real images as sharp as generated ones while a resolution fades in: ``1 - alpha`` times those of half of it."""
+    return images if alpha == 1 else upsample(downsample(images)).lerp(images, alpha)
 
 
-def image_resolution(images: Tensor, *, image_channels: int, least: int, most: int) -> int:
-    """The side of square images.
+def check_alpha(alpha: float) -> None:
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be from 0 to 1, got {alpha}")
+
+
+def check_growth(config: GrowingConfig, resolution: int | None, alpha: float) -> int:
+    """The resolution that a generator is asked for, its full size by default; a ValueError where it has none such."""
+    check_alpha(alpha)
+    if resolution is None:
+        return config.size
+    check_resolution("resolution", resolution, least=config.FIRST, most=config.size)
+    return resolution
+
+
+def side_of(images: Tensor, config: GrowingConfig) -> int:
+    """Height and width of images.
 
     Raises:
-        ValueError: if they are not ``(N, image_channels, R, R)`` with a power of two from ``least`` to ``most``.
+        ValueError: if they are not ``(N, channels, R, R)`` with a resolution that there are layers for.
     """
     side = images.shape[-1] if images.dim() == 4 else 0
-    square = images.shape[1:] == (image_channels, side, side)
-    if not square or not least <= side <= most or side & (side - 1):
+    if images.shape[1:] != (config.channels, side, side) or side not in resolutions(config.FIRST, config.size):
         raise ValueError(
-            f"images must be (N, {image_channels}, R, R) with R a power of two from {least} to {most}, "
+            f"images must be (N, {config.channels}, R, R) with R a power of two from {config.FIRST} to {config.size}, "
             f"got shape {tuple(images.shape)}"
         )
     return side

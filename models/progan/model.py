@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,55 +14,20 @@ from gdl_kernels import minibatch_stddev, pixel_norm
 from ..gans.blur import Blur
 from ..gans.equalized import HE, EqualizedConv2d, EqualizedLinear
 from ..gans.growing import (
-    channels,
+    GrowingConfig,
+    GrowingGan,
+    GrowingRecipe,
     check_alpha,
-    check_resolution,
+    check_growth,
     downsample,
-    image_resolution,
-    resolutions,
+    side_of,
     upsample,
-)  # fmt: skip
+)
+from ..gans.losses import Wasserstein
+from ..gans.model import check_latents
 
 SLOPE = 0.2
 PIXEL_NORM_EPS = 1e-8
-
-
-@dataclass(frozen=True)
-class Config:
-    """The shape of both networks; the defaults are the published ones.
-
-    Attributes:
-        resolution: of the images once all layers have grown: a power of two from 4 on.
-        latent: numbers in a latent vector.
-        capacity, widest: a layer at resolution R has ``min(widest, capacity / R)`` channels.
-        group_size: samples that the minibatch standard deviation compares.
-    """
-
-    resolution: int = 1024
-    image_channels: int = 3
-    latent: int = 512
-    capacity: int = 16384
-    widest: int = 512
-    group_size: int = 4
-
-    #: The lowest resolution of which there are layers.
-    LEAST = 4
-
-    def __post_init__(self) -> None:
-        check_resolution("resolution", self.resolution, least=self.LEAST)
-        for name in ("image_channels", "latent", "widest", "group_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if not isinstance(self.capacity, int) or self.capacity < self.resolution:
-            raise ValueError(f"capacity must be at least the resolution, {self.resolution}, got {self.capacity!r}")
-
-    @property
-    def resolutions(self) -> list[int]:
-        return resolutions(4, self.resolution)
-
-    def channels(self, resolution: int) -> int:
-        return channels(resolution, capacity=self.capacity, widest=self.widest)
 
 
 def normalized(convolution: EqualizedConv2d, x: Tensor) -> Tensor:
@@ -94,46 +59,36 @@ class Generator(nn.Module):
     gradient.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: GrowingConfig) -> None:
         super().__init__()
         self.config = config
-        widths = [config.channels(resolution) for resolution in config.resolutions]
+        widths = config.widths
         self.dense = EqualizedLinear(config.latent, 16 * widths[0], gain=HE / 4, bias=False)
         self.bias = nn.Parameter(torch.zeros(widths[0]))
         self.conv = EqualizedConv2d(widths[0], widths[0], 3)
         self.blocks = nn.ModuleList(GeneratorBlock(*pair) for pair in pairwise(widths))
-        self.to_image = nn.ModuleList(EqualizedConv2d(width, config.image_channels, 1, gain=1.0) for width in widths)
+        self.to_image = nn.ModuleList(EqualizedConv2d(width, config.channels, 1, gain=1.0) for width in widths)
 
-    def forward(self, latent: Tensor, resolution: int | None = None, alpha: float = 1.0) -> Tensor:
+    def forward(self, latents: Tensor, resolution: int | None = None, alpha: float = 1.0) -> Tensor:
         """Images of one resolution.
 
         Args:
-            latent: ``(N, config.latent)``, standard normal; its length is normalised here.
+            latents: ``(N, config.latent)``, standard normal; its length is normalised here.
             resolution: that of the configuration by default.
             alpha: share of the newest layers; the rest is what the ones before them make, upsampled.
 
         Returns:
-            ``(N, image_channels, resolution, resolution)``; of trained networks about -1 to 1.
+            ``(N, channels, resolution, resolution)``; of trained networks about -1 to 1.
 
         Raises:
-            ValueError: if ``latent`` has another shape, the network has no such resolution, or alpha is not in 0 to 1.
+            ValueError: if ``latents`` has another shape, the network has no such resolution, or alpha is not in 0 to 1.
         """
-        resolution = check_call(self.config, latent, resolution, alpha)
-        x = self.dense(pixel_norm(latent, eps=PIXEL_NORM_EPS)).unflatten(1, (-1, 4, 4))
+        check_latents(latents, self.config.latent)
+        resolution = check_growth(self.config, resolution, alpha)
+        x = self.dense(pixel_norm(latents, eps=PIXEL_NORM_EPS)).unflatten(1, (-1, 4, 4))
         x = pixel_norm(F.leaky_relu(x + self.bias[:, None, None], SLOPE), eps=PIXEL_NORM_EPS)
         x = normalized(self.conv, x)
         return grown(x, list(self.blocks), list(self.to_image), resolution, alpha)
-
-
-def check_call(config: Config, latent: Tensor, resolution: int | None, alpha: float) -> int:
-    """The resolution, if the arguments of a generator are right; else a ValueError."""
-    if latent.dim() != 2 or latent.shape[1] != config.latent:
-        raise ValueError(f"latent must be (N, {config.latent}), got shape {tuple(latent.shape)}")
-    check_alpha(alpha)
-    if resolution is None:
-        return config.resolution
-    check_resolution("resolution", resolution, least=config.LEAST, most=config.resolution)
-    return resolution
 
 
 def grown(x: Tensor, blocks: list[nn.Module], to_image: list[nn.Module], resolution: int, alpha: float) -> Tensor:
@@ -169,18 +124,18 @@ class Discriminator(nn.Module):
         blur: before every downsampling, as StyleGAN has it.
     """
 
-    def __init__(self, config: Config, *, blur: bool = False) -> None:
+    def __init__(self, config: GrowingConfig, *, blur: bool = False) -> None:
         super().__init__()
         self.config = config
-        widths = [config.channels(resolution) for resolution in config.resolutions]
-        self.from_image = nn.ModuleList(EqualizedConv2d(config.image_channels, width, 1) for width in widths)
+        widths = config.widths
+        self.from_image = nn.ModuleList(EqualizedConv2d(config.channels, width, 1) for width in widths)
         self.blocks = nn.ModuleList(DiscriminatorBlock(b, a, blur=blur) for a, b in pairwise(widths))
         self.conv = EqualizedConv2d(widths[0] + 1, widths[0], 3)
         self.dense = EqualizedLinear(16 * widths[0], widths[0])
         self.score = EqualizedLinear(widths[0], 1, gain=1.0)
 
     def forward(self, images: Tensor, alpha: float = 1.0) -> Tensor:
-        """Scores ``(N,)`` of ``(N, image_channels, R, R)``.
+        """Scores ``(N,)`` of ``(N, channels, R, R)``.
 
         Args:
             alpha: share of the layers at R; the rest is what those at R / 2 see of the images, downsampled.
@@ -189,21 +144,31 @@ class Discriminator(nn.Module):
             ValueError: if there are no layers for such images, alpha is not in 0 to 1, or N is more than the group size
                 and no multiple of it.
         """
-        config = self.config
-        side = image_resolution(
-            images, image_channels=config.image_channels, least=config.LEAST, most=config.resolution
-        )
+        newest = side_of(images, self.config).bit_length() - 3
         check_alpha(alpha)
-        newest = side.bit_length() - 3
         x = self._features(images, newest)
         for index in range(newest - 1, -1, -1):
             x = self.blocks[index](x)
             if index == newest - 1 and alpha != 1:
                 x = self._features(downsample(images), index).lerp(x, alpha)
-        x = minibatch_stddev(x, group_size=config.group_size)
+        x = minibatch_stddev(x, group_size=self.config.group_size)
         x = F.leaky_relu(self.conv(x), SLOPE)
         x = F.leaky_relu(self.dense(x.flatten(1)), SLOPE)
         return self.score(x).squeeze(1)
 
     def _features(self, images: Tensor, index: int) -> Tensor:
         return F.leaky_relu(self.from_image[index](images), SLOPE)
+
+
+class Progan(GrowingGan):
+    """ProGAN with the loss of WGAN-GP and drift."""
+
+    name = "progan"
+    title = "ProGAN"
+    config_type = GrowingConfig
+    recipe = GrowingRecipe(batch=32, fade=16_000, stable=24_000)
+    rate_factors: ClassVar = {4: 1.0, 1024: 1.5}
+
+    def __init__(self, config: GrowingConfig) -> None:
+        super().__init__(config)
+        self.generator, self.discriminator, self.loss = Generator(config), Discriminator(config), Wasserstein()

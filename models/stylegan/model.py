@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typer import Option
 
 from gdl_kernels import pixel_norm, style_epilogue
 
 from ..gans.blur import Blur
+from ..gans.data import Batch
 from ..gans.equalized import EqualizedConv2d, EqualizedLinear
-from ..gans.growing import check_alpha, upsample
-from ..progan import model as progan
+from ..gans.growing import GrowingConfig, GrowingGan, GrowingRecipe, check_growth, upsample
+from ..gans.losses import Logistic
+from ..gans.model import check_latents
+from ..progan.model import Discriminator
+
+if TYPE_CHECKING:
+    from ..gans.pictures import Picture
 
 SLOPE = 0.2
 EPILOGUE_EPS = 1e-8
@@ -26,30 +34,37 @@ TRUNCATED_LAYERS = 8
 
 
 @dataclass(frozen=True)
-class Config(progan.Config):
+class StyleganConfig(GrowingConfig):
     """The shape of all three networks; the defaults are the published ones.
 
     Attributes:
-        resolution: a power of two from 8 on.
+        size: from 8 on, which growth begins with.
         style: numbers in a style vector, and in the hidden layers of the mapping network.
         mapping_layers: of the mapping network.
+        mixing: how often a batch in training takes its styles from two latents.
+        gamma: weight of R1.
         mean_decay: of the running average of style vectors.
     """
 
-    style: int = 512
-    mapping_layers: int = 8
+    style: Annotated[int, Option(help="Length of the style vectors.")] = 512
+    mapping_layers: Annotated[int, Option(help="Layers of the mapping network.")] = 8
+    mixing: Annotated[float, Option(help="Share of batches in training whose images mix two styles.")] = 0.9
+    gamma: Annotated[float, Option(help="Weight of the R1 penalty.")] = 10.0
     mean_decay: float = 0.995
 
-    LEAST = 8
+    FIRST: ClassVar[int] = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("style", "mapping_layers"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.mixing <= 1:
+            raise ValueError(f"mixing must be from 0 to 1, got {self.mixing}")
+        if not (self.gamma >= 0 and math.isfinite(self.gamma)):
+            raise ValueError(f"gamma must be finite and not negative, got {self.gamma}")
         if not 0 <= self.mean_decay < 1:
-            raise ValueError(f"mean_decay must be from 0 up to 1, got {self.mean_decay}")
+            raise ValueError(f"mean_decay must be from 0 to below 1, got {self.mean_decay}")
 
 
 def layers_at(resolution: int) -> int:
@@ -57,13 +72,13 @@ def layers_at(resolution: int) -> int:
     return 2 * (resolution.bit_length() - 2)
 
 
-class Mapping(nn.Module):
+class MappingNetwork(nn.Module):
     """Latent vectors, normalised to unit mean square, to style vectors: ``(N, latent)`` to ``(N, style)``.
 
     Learns at a hundredth of the other layers' rate.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: StyleganConfig) -> None:
         super().__init__()
         widths = [config.latent] + [config.style] * config.mapping_layers
         self.layers = nn.ModuleList(EqualizedLinear(a, b, rate=0.01) for a, b in pairwise(widths))
@@ -81,7 +96,7 @@ class Layer(nn.Module):
     The layer that starts from the learned constant has no convolution.
     """
 
-    def __init__(self, config: Config, inputs: int | None, outputs: int, *, doubles: bool = False) -> None:
+    def __init__(self, config: StyleganConfig, inputs: int | None, outputs: int, *, doubles: bool = False) -> None:
         super().__init__()
         self.convolution = None if inputs is None else EqualizedConv2d(inputs, outputs, 3, bias=False)
         self.blur = Blur() if doubles else None
@@ -108,18 +123,18 @@ class Layer(nn.Module):
 class Synthesis(nn.Module):
     """Style vectors, one for each layer, to images."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: StyleganConfig) -> None:
         super().__init__()
-        widths = [config.channels(resolution) for resolution in config.resolutions]
+        widths = config.widths
         self.constant = nn.Parameter(torch.ones(1, widths[0], 4, 4))
         layers = [Layer(config, None, widths[0]), Layer(config, widths[0], widths[0])]
         for a, b in pairwise(widths):
             layers += [Layer(config, a, b, doubles=True), Layer(config, b, b)]
         self.layers = nn.ModuleList(layers)
-        self.to_image = nn.ModuleList(EqualizedConv2d(width, config.image_channels, 1, gain=1.0) for width in widths)
+        self.to_image = nn.ModuleList(EqualizedConv2d(width, config.channels, 1, gain=1.0) for width in widths)
 
     def forward(self, styles: Tensor, alpha: float = 1.0, noise: Sequence[Tensor] | None = None) -> Tensor:
-        """``styles`` ``(N, layers, style)`` to ``(N, image_channels, R, R)``: two layers for each doubling up to R.
+        """``styles`` ``(N, layers, style)`` to ``(N, channels, R, R)``: two layers for each doubling up to R.
 
         ``noise`` has a tensor ``(N or 1, 1, H, W)`` for each layer; without it, it is drawn.
         """
@@ -144,21 +159,22 @@ class Generator(nn.Module):
 
     mean_style: Tensor
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: StyleganConfig) -> None:
         super().__init__()
         self.config = config
-        self.mapping = Mapping(config)
+        self.mapping = MappingNetwork(config)
         self.synthesis = Synthesis(config)
         self.register_buffer("mean_style", torch.zeros(config.style))
 
-    def styles(self, latent: Tensor, resolution: int | None = None) -> Tensor:
+    def styles(self, latents: Tensor, resolution: int | None = None) -> Tensor:
         """``(N, layers, style)``: the same style in all layers that make images of ``resolution``.
 
         Raises:
-            ValueError: if ``latent`` is not ``(N, config.latent)``, or there is no such resolution.
+            ValueError: if ``latents`` are not ``(N, config.latent)``, or there is no such resolution.
         """
-        resolution = progan.check_call(self.config, latent, resolution, 1.0)
-        style = self.mapping(latent)
+        check_latents(latents, self.config.latent)
+        resolution = check_growth(self.config, resolution, 1.0)
+        style = self.mapping(latents)
         if self.training:
             with torch.no_grad():
                 self.mean_style.lerp_(style.mean(0).to(self.mean_style), 1 - self.config.mean_decay)
@@ -184,34 +200,35 @@ class Generator(nn.Module):
     ) -> list[Tensor]:
         """Standard normal noise for every layer up to a resolution, to be given to several calls."""
         like = self.synthesis.constant
-        sides = [4 << index // 2 for index in range(layers_at(resolution or self.config.resolution))]
+        sides = [4 << index // 2 for index in range(layers_at(resolution or self.config.size))]
         return [torch.randn(count, 1, side, side, generator=generator).to(like) for side in sides]
 
     def forward(
-        self, latent: Tensor, resolution: int | None = None, alpha: float = 1.0, *,
+        self, latents: Tensor, resolution: int | None = None, alpha: float = 1.0, *,
         mixed: tuple[Tensor, int] | None = None, noise: Sequence[Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         """Images of one resolution.
 
         Args:
-            latent: ``(N, config.latent)``, standard normal; its length is normalised here.
+            latents: ``(N, config.latent)``, standard normal; its length is normalised here.
             resolution: that of the configuration by default.
             alpha: share of the newest layers; the rest is what the ones before them make, upsampled.
             mixed: other latent vectors, and the first layer that takes its style from them.
             noise: of :meth:`noise`, for the same details at each call. Without it, it is drawn anew.
 
         Returns:
-            ``(N, image_channels, resolution, resolution)``; of trained networks about -1 to 1.
+            ``(N, channels, resolution, resolution)``; of trained networks about -1 to 1.
 
         Raises:
-            ValueError: if ``latent`` has another shape, the network has no such resolution, alpha is not in 0 to 1,
+            ValueError: if ``latents`` has another shape, the network has no such resolution, alpha is not in 0 to 1,
                 there is no such layer, or noise is not for each layer.
         """
-        check_alpha(alpha)
-        styles = self.styles(latent, resolution)
+        check_growth(self.config, resolution, alpha)
+        styles = self.styles(latents, resolution)
         if mixed is not None:
-            other, first = mixed
-            styles = mix(styles, self.styles(other, resolution), first, styles.shape[1])
+            others, first = mixed
+            check_latents(others, self.config.latent)
+            styles = mix(styles, self.mapping(others)[:, None].expand_as(styles), first, styles.shape[1])
         return self.synthesis(styles, alpha, noise)
 
 
@@ -227,8 +244,45 @@ def mix(styles: Tensor, others: Tensor, first: int, end: int) -> Tensor:
     return torch.cat([styles[:, :first], others[:, first:end], styles[:, end:]], 1)
 
 
-class Discriminator(progan.Discriminator):
-    """ProGAN's, with blur before every downsampling."""
+class Stylegan(GrowingGan):
+    """StyleGAN with the non-saturating logistic loss and R1. Its truncation is psi, of the styles."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config, blur=True)
+    name = "stylegan"
+    title = "StyleGAN"
+    config_type = StyleganConfig
+    recipe = GrowingRecipe(batch=32, fade=16_000, stable=24_000)
+    rate_factors: ClassVar = {8: 1.0, 128: 1.5, 256: 2.0, 512: 3.0}
+    truncates = True
+
+    config: StyleganConfig
+    generator: Generator
+
+    def __init__(self, config: StyleganConfig) -> None:
+        super().__init__(config)
+        self.generator = Generator(config)
+        self.discriminator = Discriminator(config, blur=True)
+        self.loss = Logistic(config.gamma)
+
+    def generate(
+        self, generator: nn.Module, latents: Tensor, labels: Tensor | None, *, truncation: float | None = None
+    ) -> Tensor:
+        assert isinstance(generator, Generator)
+        styles = generator.styles(latents, self.stage.resolution)
+        if truncation is not None:
+            styles = generator.truncated(styles, truncation)
+        return generator.synthesis(styles, self.stage.alpha)
+
+    def fakes(self, latents: Tensor, labels: Tensor | None) -> Batch:
+        """Most batches mix the styles of two latents, so that no layer relies on the style of the one before."""
+        resolution, alpha = self.stage.resolution, self.stage.alpha
+        mixed = None
+        if torch.rand(()).item() < self.config.mixing:
+            first = int(torch.randint(1, layers_at(resolution), ()))
+            mixed = self.latents(len(latents)).to(latents), first
+        return Batch(self.generator(latents, resolution, alpha, mixed=mixed), labels)
+
+    @classmethod
+    def pictures(cls) -> Mapping[str, Picture]:
+        from .pictures import noise, style_mixing  # which know this module
+
+        return {**super().pictures(), "mixing": style_mixing, "noise": noise}

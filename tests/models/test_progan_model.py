@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import gdl_kernels
-from models.gans.growing import downsample, upsample
-from models.progan.model import Config, Discriminator, Generator
+from models.gans.growing import GrowingConfig, downsample, upsample
+from models.progan.model import Discriminator, Generator
 from tests.models.growing_peers import act, assert_same_gradients, convolved, larger, peer_discriminator, unit
 
-CONFIG = Config(resolution=16, image_channels=2, latent=12, capacity=96, widest=10)  # channels 10, 10, 6
+CONFIG = GrowingConfig(size=16, channels=3, latent=12, capacity=96, widest=10)  # 10, 10 and 6 channels
 
 
 def networks(seed: int = 0) -> tuple[Generator, Discriminator]:
@@ -66,7 +66,7 @@ def penalty(score: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 def test_the_discriminator_is_the_papers_up_to_its_penaltys_gradient(batch: int, level: int, alpha: float) -> None:
     _, discriminator = networks()
     weights = dict(discriminator.named_parameters())
-    images = torch.randn(batch, 2, 4 << level, 4 << level, dtype=torch.float64)
+    images = torch.randn(batch, 3, 4 << level, 4 << level, dtype=torch.float64)
 
     def ours(x: Tensor) -> Tensor:
         return discriminator(x, alpha)
@@ -96,7 +96,7 @@ def test_a_resolution_fades_in_from_the_one_before_to_itself() -> None:
     with torch.no_grad():
         torch.testing.assert_close(generator(z, 16, 0.0), upsample(generator(z, 8)))
         torch.testing.assert_close(generator(z, 16, 1 - 1e-12), generator(z, 16), rtol=1e-9, atol=1e-9)
-        images = torch.randn(4, 2, 16, 16, dtype=torch.float64)
+        images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
         torch.testing.assert_close(discriminator(images, 0.0), discriminator(downsample(images)))
         torch.testing.assert_close(discriminator(images, 1 - 1e-12), discriminator(images), rtol=1e-9, atol=1e-9)
 
@@ -115,8 +115,8 @@ def test_all_layers_up_to_the_newest_learn_and_none_beyond() -> None:
 
 def test_published_sizes() -> None:
     with torch.device("meta"):
-        generator, discriminator = Generator(Config()), Discriminator(Config())
-    assert [Config().channels(4 << level) for level in range(9)] == [512, 512, 512, 512, 256, 128, 64, 32, 16]
+        generator, discriminator = Generator(GrowingConfig()), Discriminator(GrowingConfig())
+    assert GrowingConfig().widths == [512, 512, 512, 512, 256, 128, 64, 32, 16]
     assert sum(p.numel() for p in generator.parameters()) == 23_079_115  # table 2: 23.1 M each
     assert sum(p.numel() for p in discriminator.parameters()) == 23_087_249
     assert generator(torch.empty(1, 512, device="meta")).shape == (1, 3, 1024, 1024)
@@ -125,8 +125,8 @@ def test_published_sizes() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("resolution", 2), ("resolution", 24), ("resolution", 16.0), ("capacity", 8), ("latent", 0), ("widest", -1),
-        ("image_channels", 0), ("group_size", 1.5),
+        ("size", 2), ("size", 24), ("capacity", 8), ("latent", 0), ("widest", -1), ("channels", 2), ("group_size", 0),
+        ("classes", 10),
     ],
 )  # fmt: skip
 def test_a_shape_that_does_not_fit_is_refused(field: str, value: object) -> None:
@@ -136,7 +136,7 @@ def test_a_shape_that_does_not_fit_is_refused(field: str, value: object) -> None
 
 def test_calls_that_do_not_fit_are_refused() -> None:
     generator, discriminator = networks()
-    with pytest.raises(ValueError, match=r"^latent must be \(N, 12\), got shape \(4, 11\)"):
+    with pytest.raises(ValueError, match=r"^latents must have shape \(N, 12\), got \(4, 11\)"):
         generator(latents()[:, 1:])
     for resolution in (32, 2, 12):
         with pytest.raises(ValueError, match=f"^resolution must .*at least 4 and at most 16, got {resolution}"):
@@ -145,7 +145,7 @@ def test_calls_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ValueError, match=f"^alpha must be from 0 to 1, got {alpha}"):
             generator(latents(), 8, alpha)
         with pytest.raises(ValueError, match=f"^alpha must be from 0 to 1, got {alpha}"):
-            discriminator(torch.zeros(4, 2, 8, 8, dtype=torch.float64), alpha)
-    for shape in ((4, 2, 32, 32), (4, 2, 12, 12), (4, 2, 8, 16), (4, 3, 8, 8), (4, 2, 8), (4, 2, 2, 2), (4, 2, 0, 0)):
-        with pytest.raises(ValueError, match=r"^images must be \(N, 2, R, R\) with R a power of two from 4 to 16, got"):
+            discriminator(torch.zeros(4, 3, 8, 8, dtype=torch.float64), alpha)
+    for shape in ((4, 3, 32, 32), (4, 3, 12, 12), (4, 3, 8, 16), (4, 1, 8, 8), (4, 3, 8), (4, 3, 2, 2), (4, 3, 0, 0)):
+        with pytest.raises(ValueError, match=r"^images must be \(N, 3, R, R\) with R a power of two from 4 to 16, got"):
             discriminator(torch.zeros(shape))

@@ -12,17 +12,18 @@ from torch.nn import functional as F
 
 import gdl_kernels
 from models.gans.growing import downsample, upsample
-from models.stylegan.model import Config, Discriminator, Generator, layers_at, mix
+from models.progan.model import Discriminator
+from models.stylegan.model import Generator, StyleganConfig, layers_at, mix
 from tests.models.growing_peers import act, assert_same_gradients, larger, peer_discriminator
 
-CONFIG = Config(
-    resolution=16, image_channels=2, latent=12, capacity=96, widest=10, style=9, mapping_layers=3
-)  # channels 10, 10, 6
+CONFIG = StyleganConfig(
+    size=16, channels=3, latent=12, capacity=96, widest=10, style=9, mapping_layers=3
+)  # 10, 10 and 6 channels
 
 
 def networks(seed: int = 0) -> tuple[Generator, Discriminator]:
     torch.manual_seed(seed)
-    found = Generator(CONFIG).double(), Discriminator(CONFIG).double()
+    found = Generator(CONFIG).double(), Discriminator(CONFIG, blur=True).double()
     for network in found:
         for name, parameter in network.named_parameters():  # biases and the noise's weights start at 0
             if not name.startswith("mapping"):
@@ -91,7 +92,7 @@ def test_gradients_of_the_generators_gradient_are_those_of_the_formulas() -> Non
     """The length of the images' gradient with respect to the styles, as later StyleGANs keep it even."""
     generator, _ = networks()
     weights, noise = dict(generator.named_parameters()), generator.noise(3)
-    direction = torch.randn(3, 2, 16, 16, dtype=torch.float64)
+    direction = torch.randn(3, 3, 16, 16, dtype=torch.float64)
     lengths = []
     for synthesize in (generator.synthesis, lambda *given: peer_synthesis(weights, *given)):
         styles = generator.styles(latents(3).fill_(1).cumsum(0).cos())
@@ -106,7 +107,7 @@ def test_gradients_of_the_generators_gradient_are_those_of_the_formulas() -> Non
 def test_the_discriminator_is_the_papers_up_to_r1s_gradient(batch: int, resolution: int, alpha: float) -> None:
     _, discriminator = networks()
     weights, level = dict(discriminator.named_parameters()), layers_at(resolution) // 2 - 1
-    images = torch.randn(batch, 2, resolution, resolution, dtype=torch.float64, requires_grad=True)
+    images = torch.randn(batch, 3, resolution, resolution, dtype=torch.float64, requires_grad=True)
     scores = discriminator(images, alpha), peer_discriminator(weights, images, level, alpha, blurred)
     torch.testing.assert_close(*scores, rtol=1e-9, atol=1e-11)
     assert_same_gradients(discriminator, *(score.sin().sum() for score in scores))
@@ -216,7 +217,7 @@ def test_the_mean_style_follows_training_and_nothing_else() -> None:
 
 def test_published_sizes() -> None:
     with torch.device("meta"):
-        generator, discriminator = Generator(Config()), Discriminator(Config())
+        generator, discriminator = Generator(StyleganConfig()), Discriminator(StyleganConfig(), blur=True)
         assert generator(torch.empty(1, 512)).shape == (1, 3, 1024, 1024)
     assert sum(p.numel() for p in generator.parameters()) == 26_219_627  # table 1 of later work: 26.2 M
     assert sum(p.numel() for p in generator.mapping.parameters()) == 8 * (512 * 512 + 512)
@@ -226,8 +227,11 @@ def test_published_sizes() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("resolution", 4), ("resolution", 24), ("style", 0), ("mapping_layers", 0), ("mean_decay", 1.0), ("capacity", 8)],
-)
+    [
+        ("size", 4), ("size", 24), ("style", 0), ("mapping_layers", 0), ("mean_decay", 1.0), ("capacity", 8),
+        ("mixing", 1.1), ("mixing", math.nan), ("gamma", -1.0), ("gamma", math.inf), ("classes", 10),
+    ],
+)  # fmt: skip
 def test_a_shape_that_does_not_fit_is_refused(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"^{field} must .*got {value!r}"):
         replace(CONFIG, **{field: value})
@@ -235,7 +239,7 @@ def test_a_shape_that_does_not_fit_is_refused(field: str, value: object) -> None
 
 def test_calls_that_do_not_fit_are_refused() -> None:
     generator, _ = networks()
-    with pytest.raises(ValueError, match=r"^latent must be \(N, 12\), got shape \(4, 11\)"):
+    with pytest.raises(ValueError, match=r"^latents must have shape \(N, 12\), got \(4, 11\)"):
         generator(latents()[:, 1:])
     with pytest.raises(ValueError, match=r"^resolution must .*at least 8 and at most 16, got 4"):
         generator(latents(), 4)
