@@ -13,7 +13,7 @@ from .data import Batches, Digits, resized
 KIND = "gdl_kernels.digits_classifier.1"
 
 SEED = 0
-STEPS = 400
+STEPS = 250
 BATCH = 64
 
 

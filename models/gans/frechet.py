@@ -46,10 +46,15 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 @dataclass(frozen=True)
 class Scores:
-    """Fréchet distance to held-out digits, and the share of samples of the asked class; None where none was asked."""
+    """Fréchet distance to the digits trained on, and the share of samples of the asked class; None where none was asked."""
 
     frechet: float
     hits: float | None
+
+    def scalars(self) -> dict[str, float]:
+        """For TensorBoard."""
+        hits = {} if self.hits is None else {"scores/asked class hit": self.hits}
+        return {"scores/Fréchet distance": self.frechet, **hits}
 
     def __str__(self) -> str:
         hits = "" if self.hits is None else f", asked class hit by {self.hits:.1%}"
@@ -57,17 +62,19 @@ class Scores:
 
 
 class DigitsJudge:
-    """Scores samples against the held-out digits.
+    """Scores samples against the digits that models are trained on.
 
     Attributes:
-        floor: the distance of the digits trained on, which is what a perfect generator has.
+        unseen: the distance of the digits held out: what a generator has that writes as well as people do.
     """
 
     def __init__(self) -> None:
         self.classifier: Classifier = digits_classifier()
         size = self.classifier.size
-        self.held_out = Gaussian.of(self.classifier.features(Digits(size, "held out").images))
-        self.floor = frechet_distance(Gaussian.of(self.classifier.features(Digits(size).images)), self.held_out)
+        self.digits = Gaussian.of(self.classifier.features(Digits(size).images))
+        self.unseen = frechet_distance(
+            Gaussian.of(self.classifier.features(Digits(size, "held out").images)), self.digits
+        )
 
     @torch.no_grad()
     def scores(self, images: Tensor, labels: Tensor | None) -> Scores:
@@ -76,4 +83,4 @@ class DigitsJudge:
         hits = None
         if labels is not None:
             hits = (self.classifier.head(features).argmax(1) == labels.cpu()).double().mean().item()
-        return Scores(frechet_distance(Gaussian.of(features), self.held_out), hits)
+        return Scores(frechet_distance(Gaussian.of(features), self.digits), hits)

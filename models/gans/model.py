@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -12,7 +12,7 @@ from typer import Option
 
 from gdl_kernels.nn import ConditionalBatchNorm2d, standing_statistics
 
-from .data import Batch
+from .data import Batch, Images
 from .losses import Loss, Terms
 
 if TYPE_CHECKING:
@@ -48,6 +48,15 @@ class Config:
             raise ValueError(f"channels must be 1 or 3, got {self.channels}")
         if self.classes < 0:
             raise ValueError(f"classes must not be negative, got {self.classes}")
+
+    def check_data(self, images: Images, *, conditional: bool) -> None:
+        """Raise a ValueError if data does not fit the model."""
+        classes = len(images.classes) if conditional else 0
+        if (images.channels, classes) != (self.channels, self.classes):
+            raise ValueError(
+                f"data must have the model's {self.channels} channels and {self.classes} classes, got "
+                f"{images.channels} and {classes}"
+            )
 
 
 @dataclass(frozen=True)
@@ -161,22 +170,31 @@ class Gan(nn.Module):
     @classmethod
     def pictures(cls) -> Mapping[str, Picture]:
         """What ``sample --picture`` can draw."""
-        from .pictures import interpolation, samples, truncation_sweep
+        from .pictures import interpolation, samples, truncation_sweep  # which know this module
 
         found: dict[str, Picture] = {"samples": samples, "interpolation": interpolation}
         return found | ({"truncation": truncation_sweep} if cls.truncates else {})
 
-    def check(self, batch: Batch) -> None:
-        """Raise a ValueError if images are not of this model's channels and this stage's size, or classes not its."""
-        expected = (self.config.channels, self.stage.resolution, self.stage.resolution)
-        if tuple(batch.images.shape[1:]) != expected:
-            raise ValueError(f"images must have shape (N, {', '.join(map(str, expected))}), got "
-                             f"{tuple(batch.images.shape)}")  # fmt: skip
-        check_labels(batch.labels, len(batch.images), self.config.classes)
+
+def check_images(images: Tensor, channels: int, resolution: int) -> None:
+    """Raise a ValueError unless ``images`` are ``(N, channels, resolution, resolution)``."""
+    if images.dim() != 4 or tuple(images.shape[1:]) != (channels, resolution, resolution):
+        raise ValueError(
+            f"images must have shape (N, {channels}, {resolution}, {resolution}), got {tuple(images.shape)}"
+        )
+
+
+def check_latents(latents: Tensor, length: int) -> None:
+    """Raise a ValueError unless ``latents`` are ``(N, length)``."""
+    if latents.dim() != 2 or latents.shape[1] != length:
+        raise ValueError(f"latents must have shape (N, {length}), got {tuple(latents.shape)}")
 
 
 def check_labels(labels: Tensor | None, count: int, classes: int) -> None:
-    """Raise a ValueError unless ``labels`` are ``count`` integers below ``classes``, or None where those are 0."""
+    """Raise a ValueError unless ``labels`` are ``count`` integers below ``classes``, or None where those are 0.
+
+    On a GPU the range is not looked at: the CPU would have to wait for it.
+    """
     if not classes:
         if labels is not None:
             raise ValueError("labels must be None for a model without classes")
@@ -184,9 +202,5 @@ def check_labels(labels: Tensor | None, count: int, classes: int) -> None:
     if labels is None or tuple(labels.shape) != (count,) or labels.is_floating_point():
         got = "None" if labels is None else f"{labels.dtype} of shape {tuple(labels.shape)}"
         raise ValueError(f"labels must be integers of shape ({count},) for a model with {classes} classes, got {got}")
-    if count and not (0 <= int(labels.min()) and int(labels.max()) < classes):
+    if labels.is_cpu and count and not (0 <= int(labels.min()) and int(labels.max()) < classes):
         raise ValueError(f"labels must be from 0 to {classes - 1}, got {int(labels.min())} to {int(labels.max())}")
-
-
-#: Builds a model from its configuration: the subclass itself.
-Build = Callable[[Config], Gan]
