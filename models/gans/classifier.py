@@ -66,9 +66,9 @@ def trained() -> Classifier:
     classifier = Classifier()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=STEPS)
-    for _, batch in zip(range(STEPS), Batches(Digits(Classifier.size), BATCH, SEED)):
+    for _, (images, labels) in zip(range(STEPS), Batches(Digits(Classifier.size), BATCH, SEED)):
         optimizer.zero_grad()
-        F.cross_entropy(classifier(batch.images), batch.labels).backward()
+        F.cross_entropy(classifier(images), labels).backward()
         optimizer.step()
         schedule.step()
     held_out = Digits(Classifier.size, "held out")

@@ -232,9 +232,10 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """Endless batches in a random order: every image once, then every image once in another order, and so on.
+    """Endless batches ``(N, C, H, W)`` with classes ``(N,)``, in a random order.
 
-    A batch may reach over the end of such an epoch, so each has the same number of images.
+    Every image comes once, then every image once in another order, and so on. A batch may reach over the end of such an
+    epoch, so each has the same number of images.
 
     Args:
         images: what to read.
@@ -276,16 +277,16 @@ class Batches:
         )
         self._batches = iter(loader)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> tuple[Tensor, Tensor]:
         images, labels, broken = next(self._batches)
         if images is None:
             raise BrokenImage(broken[0])
         self.skipped.update(broken)
         self.taken += self.batch
-        return Batch(images, labels)
+        return images, labels
 
 
 class _Order:
@@ -335,7 +336,8 @@ def _collate(
     images = [image for image, _, _ in read if image is not None]
     if len(images) < len(read):
         return None, None, next(broken for image, _, broken in read if image is None)
-    return torch.stack(images), torch.tensor([label for _, label, _ in read]), sum((b for _, _, b in read), [])
+    skipped = [message for _, _, broken in read for message in broken]
+    return torch.stack(images), torch.tensor([label for _, label, _ in read]), skipped
 
 
 def _images_in(folder: Path, pattern: str) -> list[Path]:

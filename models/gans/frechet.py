@@ -46,7 +46,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 @dataclass(frozen=True)
 class Scores:
-    """Fréchet distance to the digits trained on, and the share of samples of the asked class; None where none was asked."""
+    """Fréchet distance to the digits trained on, and the share of samples of the asked class, if one was asked."""
 
     frechet: float
     hits: float | None

@@ -87,10 +87,11 @@ class Gan(nn.Module):
         recipe: how it is trained unless told otherwise.
         truncates: whether ``truncation`` means anything to it.
 
-    Args:
-        config: see there.
-        generator, discriminator: the networks, whose arguments only the subclass knows.
+    Attributes:
+        generator: latents ``(N, latent)`` and classes ``(N,)`` or None to images.
+        discriminator: images and classes to scores ``(N,)``.
         loss: see :mod:`models.gans.losses`.
+        stage: what the networks are at; the loop sets it.
     """
 
     name: ClassVar[str]
@@ -99,12 +100,14 @@ class Gan(nn.Module):
     recipe: ClassVar[Recipe]
     truncates: ClassVar[bool] = False
 
+    generator: nn.Module
+    discriminator: nn.Module
+    loss: Loss
     stage: Stage
 
-    def __init__(self, config: Config, generator: nn.Module, discriminator: nn.Module, loss: Loss) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.config, self.loss = config, loss
-        self.generator, self.discriminator = generator, discriminator
+        self.config = config
         self.stage = self.stage_at(0, self.recipe)
 
     @classmethod
@@ -154,7 +157,7 @@ class Gan(nn.Module):
         return self.loss.generator(self.score(fake))
 
     def settle(self, generator: nn.Module, *, truncation: float | None = None, seed: int = 0) -> None:
-        """Make a generator ready to sample from: in eval mode, its batch norms with statistics of latents like those."""
+        """Put a generator in eval mode, and give its batch norms the statistics of latents such as are to come."""
         generator.eval()
         if not any(isinstance(m, (ConditionalBatchNorm2d, nn.BatchNorm2d)) for m in generator.modules()):
             return
@@ -202,5 +205,7 @@ def check_labels(labels: Tensor | None, count: int, classes: int) -> None:
     if labels is None or tuple(labels.shape) != (count,) or labels.is_floating_point():
         got = "None" if labels is None else f"{labels.dtype} of shape {tuple(labels.shape)}"
         raise ValueError(f"labels must be integers of shape ({count},) for a model with {classes} classes, got {got}")
-    if labels.is_cpu and count and not (0 <= int(labels.min()) and int(labels.max()) < classes):
-        raise ValueError(f"labels must be from 0 to {classes - 1}, got {int(labels.min())} to {int(labels.max())}")
+    if labels.is_cpu and count:
+        least, most = int(labels.min()), int(labels.max())
+        if least < 0 or most >= classes:
+            raise ValueError(f"labels must be from 0 to {classes - 1}, got {least} to {most}")
