@@ -145,6 +145,7 @@ def compare_command(gan: type[Gan], config: Config, *, batch: int) -> Command:
             f"{gan.title}: {{parameters}}, {batch} images of {shape.size}×{shape.size}, {dtype}",
             {"model": gan.name, "config": vars(shape), "batch": batch},
             dtype=wanted, device=device, backend=backend, repetitions=repetitions, json_path=json_path,
+            kinks=True,
         )  # fmt: skip
 
     doc = f"Run a step of {gan.title} with our kernels and in plain PyTorch. Exits with 1 if the numbers differ."
