@@ -28,5 +28,7 @@ class Model:
 
 MODELS = (
     Model("musenet", "a Sparse Transformer that writes Bach chorales", "MuseNet 2019; arXiv 1904.10509"),
+    Model("progan", "a GAN that grows from 4×4 pixels, layer by layer", "arXiv 1710.10196"),
     Model("sagan", "a GAN with self-attention and spectral norm", "arXiv 1805.08318"),
+    Model("stylegan", "a GAN that grows, with a style for every layer and noise", "arXiv 1812.04948"),
 )

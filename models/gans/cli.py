@@ -98,10 +98,8 @@ def sample_command(gan: type[Gan]) -> Command:
             raise ValueError(f"picture must be one of {', '.join(names)}, got {picture!r}")
         if rows < 1 or columns < 1:
             raise ValueError(f"rows and columns must be at least 1, got {rows} and {columns}")
-        if truncation is not None and not truncation > 0:
-            raise ValueError(f"truncation must be positive, got {truncation}")
-        if truncation is not None and not gan.truncates:
-            raise ValueError(f"truncation must not be given: {gan.title} has none")
+        if truncation is not None:
+            gan.check_truncation(truncation)
         model = load_model(gan, checkpoint, device)
         if label is not None and not 0 <= label < model.config.classes:
             known = f"from 0 to {model.config.classes - 1}" if model.config.classes else "left out for want of classes"
@@ -124,7 +122,9 @@ def compare_command(gan: type[Gan], config: Config, *, batch: int) -> Command:
     def compare(
         data: Annotated[str, Option(help="digits, a folder of images, or the folder of an LSUN LMDB.")] = "digits",
         grey: Annotated[bool, Option(help="Read images in one channel. Digits have no other.")] = False,
-        conditional: Annotated[bool, Option(help="Let the model know the classes of the data.")] = True,
+        conditional: Annotated[bool, Option(help="Let the model know the classes of the data.")] = (
+            gan.recipe.conditional
+        ),
         batch: Annotated[int, Option(help="Images.")] = batch,
         dtype: Dtype = "float32",
         device: Device = "cpu",
@@ -149,7 +149,8 @@ def compare_command(gan: type[Gan], config: Config, *, batch: int) -> Command:
         )  # fmt: skip
 
     doc = f"Run a step of {gan.title} with our kernels and in plain PyTorch. Exits with 1 if the numbers differ."
-    return _with_options(compare, doc, config)
+    found = _with_options(compare, doc, config)
+    return found if "conditional" in _options(gan.recipe) else _without(found, "conditional")
 
 
 def fitted(config: Config, recipe: Recipe) -> Config:

@@ -50,7 +50,7 @@ class GrowingConfig(Config):
         if self.capacity < self.size:
             raise ValueError(f"capacity must be at least the size, {self.size}, got {self.capacity}")
         if self.classes:
-            raise ValueError(f"classes must be 0, for models that grow know none: --no-conditional; got {self.classes}")
+            raise ValueError(f"classes must be 0, for models that grow know none, got {self.classes}")
 
     @property
     def widths(self) -> list[int]:
@@ -75,22 +75,8 @@ class GrowingRecipe(Recipe):
     stable: Annotated[int, Option(help="Images that it is then trained for.")] = 600_000
 
     def batches(self, config: GrowingConfig) -> dict[int, int]:
-        """Images in a step, by resolution.
-
-        Raises:
-            ValueError: if such a batch, or its parts, can't be divided into the groups of the minibatch standard
-                deviation.
-        """
-        found = {}
-        for resolution in resolutions(config.FIRST, config.size):
-            batch = found[resolution] = min(self.batch, BATCHES.get(resolution, LEAST_BATCH))
-            part, rest = divmod(batch, self.accumulate)
-            if rest or (part > config.group_size and part % config.group_size):
-                raise ValueError(
-                    f"batch must be a multiple of accumulate, and its parts of group_size or smaller, got {batch} at "
-                    f"{resolution}×{resolution} in {self.accumulate} parts with a group_size of {config.group_size}"
-                )
-        return found
+        """Images in a step, by resolution."""
+        return {r: min(self.batch, BATCHES.get(r, LEAST_BATCH)) for r in resolutions(config.FIRST, config.size)}
 
     def schedule(self, config: GrowingConfig) -> Schedule:
         return Schedule(config.FIRST, config.size, self.fade, self.stable)
@@ -111,6 +97,19 @@ class GrowingGan(Gan):
 
     config: GrowingConfig
     rate_factors: ClassVar[Mapping[int, float]]
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Every batch must have equal parts, and these must have equal groups for the minibatch standard deviation."""
+        assert isinstance(recipe, GrowingRecipe)
+        recipe.schedule(self.config)
+        group = self.config.group_size
+        for resolution, batch in recipe.batches(self.config).items():
+            part, rest = divmod(batch, recipe.accumulate)
+            if rest or (part > group and part % group):
+                raise ValueError(
+                    "batch must be a multiple of accumulate, and its parts of group_size or no larger, got "
+                    f"{batch} at {resolution}×{resolution} in {recipe.accumulate} parts with a group_size of {group}"
+                )
 
     def stage_at(self, shown: int, recipe: Recipe) -> Stage:
         assert isinstance(recipe, GrowingRecipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -91,7 +92,7 @@ class Gan(nn.Module):
         generator: latents ``(N, latent)`` and classes ``(N,)`` or None to images.
         discriminator: images and classes to scores ``(N,)``.
         loss: see :mod:`models.gans.losses`.
-        stage: what the networks are at; the loop sets it.
+        stage: what the networks are at: with a new model the last one. The loop sets it.
     """
 
     name: ClassVar[str]
@@ -108,7 +109,7 @@ class Gan(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.stage = self.stage_at(0, self.recipe)
+        self.stage = self.stage_at(sys.maxsize, self.recipe)
 
     @classmethod
     def kind(cls) -> str:
@@ -118,6 +119,17 @@ class Gan(nn.Module):
     def stage_at(self, shown: int, recipe: Recipe) -> Stage:
         """The stage of the step that comes after the discriminator was shown ``shown`` real images."""
         return Stage(self.config.size, recipe.batch, (recipe.generator_rate, recipe.discriminator_rate))
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Raise a ValueError if the model can't be trained so."""
+
+    @classmethod
+    def check_truncation(cls, truncation: float) -> None:
+        """Raise a ValueError if that is none, as the command line asks before it draws."""
+        if not cls.truncates:
+            raise ValueError(f"truncation must not be given: {cls.title} has none")
+        if not truncation > 0:
+            raise ValueError(f"truncation must be positive, got {truncation}")
 
     def latents(
         self, count: int, *, truncation: float | None = None, generator: torch.Generator | None = None

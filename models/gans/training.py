@@ -8,6 +8,7 @@ and how many images were taken from the data. Measuring leaves all of them as th
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -111,6 +112,8 @@ class Training:
         self.ema = AveragedModel(gan.generator, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
         self.ema.requires_grad_(False).eval()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "float16")
+        gan.check_recipe(recipe)
+        gan.stage = gan.stage_at(0, recipe)
         self.step = self.shown = 0
         self.untrained: Scores | None = None
         self.optimizers = self._new_optimizers()
@@ -194,14 +197,20 @@ class Training:
         while self.step < steps:
             said = []
             if self.step == 0 and self._judge is not None:
+                stage, self.gan.stage = self.gan.stage, self.gan.stage_at(sys.maxsize, self.recipe)  # of its full size
                 self.untrained = self._scored(self._judge)
+                self.gan.stage = stage
                 said.append(f"untrained: {self.untrained}; seed {self.recipe.seed}")
                 said.append(f"digits held out: Fréchet distance {self._judge.unseen:.2f}, the classifier is right on "
                             f"{self._judge.classifier.accuracy:.1%} of them")  # fmt: skip
-            begin, shown = time.perf_counter(), self.shown
+            begin, shown, before = time.perf_counter(), self.shown, self.gan.stage.resolution
             scalars = self._train()
             speed = (self.shown - shown) / (time.perf_counter() - begin)
             scalars["speed/images a second"] = speed
+            stage = self.gan.stage
+            scalars |= {"stage/resolution": stage.resolution, "stage/alpha": stage.alpha}
+            if stage.resolution != before:
+                said.append(f"step {self.step}: grown to {stage.resolution}×{stage.resolution}")
             losses = ", ".join(f"{name} {scalars[f'loss/{name}']:.3f}" for name in self.networks)
             images = {}
             if self.step % self.recipe.evaluate == 0 or self.step == steps:
@@ -347,7 +356,7 @@ def description(gan: type[Gan], path: Path, about: dict[str, Any]) -> tuple[Conf
         ValueError: naming the file, if that is not what this version of the program writes.
     """
     try:
-        return gan.config_type(**about["config"]), Recipe(**about["recipe"])
+        return gan.config_type(**about["config"]), type(gan.recipe)(**about["recipe"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: its description is not one of a {gan.title} ({error})") from error
 

@@ -166,7 +166,7 @@ class Progan(GrowingGan):
     name = "progan"
     title = "ProGAN"
     config_type = GrowingConfig
-    recipe = GrowingRecipe(batch=32, fade=16_000, stable=24_000)
+    recipe = GrowingRecipe(batch=32, fade=8_000, stable=16_000, ema=0.99)
     rate_factors: ClassVar = {4: 1.0, 1024: 1.5}
 
     def __init__(self, config: GrowingConfig) -> None:

@@ -188,8 +188,7 @@ class Generator(nn.Module):
         Raises:
             ValueError: if psi is not finite, or layers is negative.
         """
-        if not math.isfinite(psi):
-            raise ValueError(f"psi must be finite, got {psi}")
+        check_psi(psi)
         if layers < 0:
             raise ValueError(f"layers must not be negative, got {layers}")
         near = self.mean_style.to(styles).lerp(styles[:, :layers], psi)
@@ -232,6 +231,11 @@ class Generator(nn.Module):
         return self.synthesis(styles, alpha, noise)
 
 
+def check_psi(psi: float) -> None:
+    if not math.isfinite(psi):
+        raise ValueError(f"psi must be finite, got {psi}")
+
+
 def mix(styles: Tensor, others: Tensor, first: int, end: int) -> Tensor:
     """``styles`` with layers ``first`` up to, not including, ``end`` from ``others``; both ``(N, layers, style)``.
 
@@ -250,7 +254,7 @@ class Stylegan(GrowingGan):
     name = "stylegan"
     title = "StyleGAN"
     config_type = StyleganConfig
-    recipe = GrowingRecipe(batch=32, fade=16_000, stable=24_000)
+    recipe = GrowingRecipe(batch=32, fade=8_000, stable=16_000, ema=0.99)
     rate_factors: ClassVar = {8: 1.0, 128: 1.5, 256: 2.0, 512: 3.0}
     truncates = True
 
@@ -280,6 +284,10 @@ class Stylegan(GrowingGan):
             first = int(torch.randint(1, layers_at(resolution), ()))
             mixed = self.latents(len(latents)).to(latents), first
         return Batch(self.generator(latents, resolution, alpha, mixed=mixed), labels)
+
+    @classmethod
+    def check_truncation(cls, truncation: float) -> None:
+        check_psi(truncation)
 
     @classmethod
     def pictures(cls) -> Mapping[str, Picture]:

@@ -7,6 +7,7 @@ import torch
 
 from models.gans.growing import GrowingConfig, GrowingRecipe, downsample, faded, upsample
 from models.gans.schedule import Phase, Schedule, check_resolution
+from models.progan.model import Progan
 
 SCHEDULE = Schedule(4, 16, fade=100, stable=60)
 
@@ -73,6 +74,7 @@ def test_batches_shrink_as_resolutions_grow_and_none_is_larger_than_asked() -> N
 
 @pytest.mark.parametrize(("batch", "accumulate", "group_size"), [(30, 1, 4), (16, 2, 6), (128, 3, 4), (128, 32, 4)])
 def test_batches_that_can_not_be_divided_are_refused(batch: int, accumulate: int, group_size: int) -> None:
-    config = GrowingConfig(size=128, capacity=256, group_size=group_size)
+    config = GrowingConfig(size=128, capacity=128, latent=4, widest=2, group_size=group_size)
+    recipe = GrowingRecipe(batch=batch // accumulate * accumulate, accumulate=accumulate)
     with pytest.raises(ValueError, match=r"^batch must be a multiple of accumulate, and its parts of group_size"):
-        GrowingRecipe(batch=batch // accumulate * accumulate, accumulate=accumulate).batches(config)
+        Progan(config).check_recipe(recipe)
