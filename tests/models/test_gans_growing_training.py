@@ -138,7 +138,7 @@ def test_checkpoints_of_each_other_are_refused(tmp_path: Path) -> None:
 def test_a_recipe_that_does_not_fit_is_refused(gan: type[GrowingGan]) -> None:
     with pytest.raises(ValueError, match=r"^batch must be a multiple .* got 6 at \d+×\d+ in 1 parts with a group_size"):
         begun(gan, batch=6)
-    with pytest.raises(ValueError, match="^fade must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"^fade must be a whole number of at least 1, got 0"):
         begun(gan, fade=0)
 
 
