@@ -375,5 +375,5 @@ def load_model(gan: type[Gan], path: Path, device: str = "cpu") -> Gan:
     try:
         model.stage = Stage(**about["stage"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: its description is damaged ({error})") from error
+        raise ValueError(f"{path}: its stage is damaged ({error})") from error
     return model.to(device).requires_grad_(False).eval()
