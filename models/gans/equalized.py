@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .resampling import conv_of_upsampled, downsampled_conv
+
 #: He's gain: of a layer that a (leaky) ReLU follows.
 HE = math.sqrt(2)
 
@@ -44,7 +46,7 @@ class EqualizedLinear(nn.Module):
 class EqualizedConv2d(nn.Module):
     """``y = scale conv(x, weight) + bias`` with ``scale = gain / sqrt(inputs size^2)``; images keep their size.
 
-    A layer that is followed by a normalisation can have that undo the scale, and call :meth:`unscaled`.
+    A layer that is followed by a normalisation can have that undo the scale: :meth:`unscaled` gives ``y / scale``.
     """
 
     def __init__(self, inputs: int, outputs: int, size: int, *, gain: float = HE, bias: bool = True) -> None:
@@ -53,21 +55,22 @@ class EqualizedConv2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
         self.scale = gain / math.sqrt(inputs * size * size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(N, inputs, H, W)`` to ``(N, outputs, H, W)``."""
-        x, weight = self._scaled(x)
+    def forward(self, x: Tensor, *, downsampled: bool = False) -> Tensor:
+        """``(N, inputs, H, W)`` to ``(N, outputs, H, W)``, or half of these. ``downsampled`` is for 3×3."""
+        if x.numel() < self.weight.numel():  # the smaller is multiplied
+            x, weight = x * self.scale, self.weight
+        else:
+            weight = self.weight * self.scale
+        if downsampled:
+            return downsampled_conv(x, weight, self.bias)
         return F.conv2d(x, weight, self.bias, padding=self.weight.shape[-1] // 2)
 
-    def unscaled(self, x: Tensor) -> Tensor:
-        """``y / scale``."""
+    def unscaled(self, x: Tensor, *, of_upsampled: bool = False) -> Tensor:
+        """``(N, inputs, H, W)`` to ``(N, outputs, H, W)``, or twice these. ``of_upsampled`` is for 3×3."""
         bias = None if self.bias is None else self.bias / self.scale
+        if of_upsampled:
+            return conv_of_upsampled(x, self.weight, bias)
         return F.conv2d(x, self.weight, bias, padding=self.weight.shape[-1] // 2)
-
-    def _scaled(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The smaller of both, multiplied: images at low resolutions, weights at high ones."""
-        if x.numel() < self.weight.numel():
-            return x * self.scale, self.weight
-        return x, self.weight * self.scale
 
     def extra_repr(self) -> str:
         outputs, inputs, size, _ = self.weight.shape

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from typer import Option
 
 from .data import Batch
 from .model import Config, Gan, Stage
+from .resampling import downsample, upsample
 from .schedule import Schedule, check_resolution, resolutions
 from .training import Recipe
 
@@ -128,16 +128,6 @@ class GrowingGan(Gan):
 
     def reals(self, batch: Batch) -> Batch:
         return batch._replace(images=faded(batch.images, self.stage.alpha))
-
-
-def upsample(x: Tensor) -> Tensor:
-    """Each pixel becomes four."""
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
-
-
-def downsample(x: Tensor) -> Tensor:
-    """The mean of each four pixels."""
-    return F.avg_pool2d(x, 2)
 
 
 def faded(images: Tensor, alpha: float) -> Tensor:

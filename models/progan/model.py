@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from gdl_kernels import minibatch_stddev, pixel_norm
 
-from ..gans.blur import Blur
 from ..gans.equalized import HE, EqualizedConv2d, EqualizedLinear
 from ..gans.growing import (
     GrowingConfig,
@@ -19,24 +18,23 @@ from ..gans.growing import (
     GrowingRecipe,
     check_alpha,
     check_growth,
-    downsample,
     side_of,
-    upsample,
 )
 from ..gans.losses import Wasserstein
 from ..gans.model import check_latents
+from ..gans.resampling import Blur, downsample, upsample
 
 SLOPE = 0.2
 PIXEL_NORM_EPS = 1e-8
 
 
-def normalized(convolution: EqualizedConv2d, x: Tensor) -> Tensor:
+def normalized(convolution: EqualizedConv2d, x: Tensor, *, of_upsampled: bool = False) -> Tensor:
     """``pixel_norm(leaky_relu(convolution(x)))``.
 
     Both are linear in a positive factor. So the scale of the convolution may be left out if pixel_norm's eps is divided
     by its square, and no pass over weights or images applies it.
     """
-    h = F.leaky_relu(convolution.unscaled(x), SLOPE)
+    h = F.leaky_relu(convolution.unscaled(x, of_upsampled=of_upsampled), SLOPE)
     return pixel_norm(h, eps=PIXEL_NORM_EPS / convolution.scale**2)
 
 
@@ -49,7 +47,7 @@ class GeneratorBlock(nn.Module):
         self.conv1 = EqualizedConv2d(outputs, outputs, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return normalized(self.conv1, normalized(self.conv0, upsample(x)))
+        return normalized(self.conv1, normalized(self.conv0, x, of_upsampled=True))
 
 
 class Generator(nn.Module):
@@ -114,7 +112,7 @@ class DiscriminatorBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blur(F.leaky_relu(self.conv0(x), SLOPE))
-        return F.leaky_relu(downsample(self.conv1(x)), SLOPE)
+        return F.leaky_relu(self.conv1(x, downsampled=True), SLOPE)
 
 
 class Discriminator(nn.Module):
@@ -166,7 +164,7 @@ class Progan(GrowingGan):
     name = "progan"
     title = "ProGAN"
     config_type = GrowingConfig
-    recipe = GrowingRecipe(batch=32, fade=8_000, stable=16_000, ema=0.99)
+    recipe = GrowingRecipe(batch=32, fade=12_000, stable=24_000, ema=0.995)
     rate_factors: ClassVar = {4: 1.0, 1024: 1.5}
 
     def __init__(self, config: GrowingConfig) -> None:

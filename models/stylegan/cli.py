@@ -6,7 +6,7 @@ from ..gans.cli import compare_command, sample_command, train_command
 from .model import Stylegan, StyleganConfig
 
 #: What learns digits in minutes on a CPU.
-TINY = StyleganConfig(size=16, latent=64, style=64, mapping_layers=4, capacity=256, widest=64, gamma=1.0)
+TINY = StyleganConfig(size=16, latent=64, style=64, mapping_layers=4, capacity=256, widest=64)
 
 train = train_command(Stylegan, TINY, steps=Stylegan.recipe.steps(TINY))
 sample = sample_command(Stylegan)

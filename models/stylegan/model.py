@@ -15,12 +15,12 @@ from typer import Option
 
 from gdl_kernels import pixel_norm, style_epilogue
 
-from ..gans.blur import Blur
 from ..gans.data import Batch
 from ..gans.equalized import EqualizedConv2d, EqualizedLinear
-from ..gans.growing import GrowingConfig, GrowingGan, GrowingRecipe, check_growth, upsample
+from ..gans.growing import GrowingConfig, GrowingGan, GrowingRecipe, check_growth
 from ..gans.losses import Logistic
 from ..gans.model import check_latents
+from ..gans.resampling import Blur, upsample
 from ..progan.model import Discriminator
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Layer(nn.Module):
         divisor = 1.0
         if self.convolution is not None:
             divisor = self.convolution.scale
-            x = self.convolution.unscaled(x if self.blur is None else upsample(x))
+            x = self.convolution.unscaled(x, of_upsampled=self.blur is not None)
         if self.blur is not None:
             x = self.blur(x)
         scale, bias = self.affine(style).chunk(2, 1)
@@ -254,7 +254,7 @@ class Stylegan(GrowingGan):
     name = "stylegan"
     title = "StyleGAN"
     config_type = StyleganConfig
-    recipe = GrowingRecipe(batch=32, fade=8_000, stable=16_000, ema=0.99)
+    recipe = GrowingRecipe(batch=32, fade=12_000, stable=24_000, ema=0.995)
     rate_factors: ClassVar = {8: 1.0, 128: 1.5, 256: 2.0, 512: 3.0}
     truncates = True
 

@@ -1,4 +1,4 @@
-"""Layers with an equalised learning rate, and the blur, against torch's own with the factors written out."""
+"""Layers with an equalised learning rate against torch's own with the factors written out."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.gans.blur import Blur
 from models.gans.equalized import HE, EqualizedConv2d, EqualizedLinear
+from models.gans.resampling import upsample
 
 
 @pytest.mark.parametrize(("gain", "rate", "bias"), [(HE, 1.0, True), (1.0, 0.01, True), (HE / 4, 1.0, False)])
@@ -43,6 +43,10 @@ def test_convolution_multiplies_weights_by_hes_constant(
     expected = F.conv2d(x, layer.weight * scale, layer.bias, padding=size // 2)
     torch.testing.assert_close(layer(x), expected)
     torch.testing.assert_close(layer.unscaled(x) * scale, expected)
+    if size == 3:
+        torch.testing.assert_close(layer(x, downsampled=True), F.avg_pool2d(expected, 2))
+        larger = F.conv2d(upsample(x), layer.weight * scale, layer.bias, padding=1)
+        torch.testing.assert_close(layer.unscaled(x, of_upsampled=True) * scale, larger)
     weight = layer.weight
     ours, peer = (torch.autograd.grad((y * expected.detach().cos()).sum(), weight)[0] for y in (layer(x), expected))
     torch.testing.assert_close(ours, peer)
@@ -53,14 +57,3 @@ def test_signals_keep_their_size_through_many_layers() -> None:
     for _ in range(10):
         x = F.leaky_relu(EqualizedConv2d(64, 64, 3)(x), 0.2)
     assert 0.1 < x.square().mean().sqrt() < 3  # zeros around the images take some
-
-
-def test_blur_is_the_filter_1_2_1_both_ways() -> None:
-    x = torch.randn(2, 3, 5, 6, dtype=torch.float64, requires_grad=True)
-    padded = F.pad(x, (1, 1, 1, 1))
-    rows = (padded[..., :-2, :] + 2 * padded[..., 1:-1, :] + padded[..., 2:, :]) / 4
-    expected = (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 4
-    blur = Blur()
-    torch.testing.assert_close(blur(x), expected)
-    assert not blur.state_dict()
-    assert torch.autograd.gradgradcheck(lambda t: blur(t).square(), x)

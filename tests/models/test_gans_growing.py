@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.gans.growing import GrowingConfig, GrowingRecipe, downsample, faded, upsample
+from models.gans.growing import GrowingConfig, GrowingRecipe, faded
+from models.gans.resampling import downsample, upsample
 from models.gans.schedule import Phase, Schedule, check_resolution
 from models.progan.model import Progan
 

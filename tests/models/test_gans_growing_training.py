@@ -11,8 +11,9 @@ import torch
 
 import gdl_kernels
 from models.gans.comparison import problem, real_images
-from models.gans.growing import GrowingConfig, GrowingGan, GrowingRecipe, upsample
+from models.gans.growing import GrowingConfig, GrowingGan, GrowingRecipe
 from models.gans.model import Stage
+from models.gans.resampling import upsample
 from models.gans.training import Training, load_model
 from models.progan.model import Progan
 from models.stylegan.model import Stylegan, StyleganConfig

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import gdl_kernels
-from models.gans.growing import GrowingConfig, downsample, upsample
+from models.gans.growing import GrowingConfig
+from models.gans.resampling import downsample, upsample
 from models.progan.model import Discriminator, Generator
 from tests.models.growing_peers import act, assert_same_gradients, convolved, larger, peer_discriminator, unit
 

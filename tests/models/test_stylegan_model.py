@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gdl_kernels
-from models.gans.growing import downsample, upsample
+from models.gans.resampling import downsample, upsample
 from models.progan.model import Discriminator
 from models.stylegan.model import Generator, StyleganConfig, layers_at, mix
 from tests.models.growing_peers import act, assert_same_gradients, larger, peer_discriminator
