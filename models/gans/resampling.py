@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 
@@ -48,20 +50,27 @@ def _neighbours_added(weight: Tensor) -> Tensor:
     return rows[..., 1:] + rows[..., :-1]
 
 
-class Blur(nn.Module):
+def blur(x: Tensor) -> Tensor:
     """``[1, 2, 1] / 4`` along both sides of every plane, with zeros around it; images keep their size.
 
     StyleGAN (arXiv 1812.04948, section 2) has it after upsampling, whose neighbours are equal in pairs, and before
-    downsampling. A depthwise convolution, so it can be differentiated without limit.
+    downsampling. Differentiable without limit.
+    """
+    return _Blur.apply(x)
+
+
+class _Blur(torch.autograd.Function):
+    """A depthwise convolution whose gradient is itself, for its kernel is symmetric.
+
+    Torch's own would have gradients of gradients of the kernel too, a convolution for every channel, and none is used.
     """
 
-    kernel: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        line = torch.tensor([1.0, 2.0, 1.0]) / 4
-        self.register_buffer("kernel", line[:, None] * line, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        line = torch.tensor([0.25, 0.5, 0.25], dtype=x.dtype, device=x.device)
         channels = x.shape[1]
-        return F.conv2d(x, self.kernel.to(x.dtype).expand(channels, 1, 3, 3), padding=1, groups=channels)
+        return F.conv2d(x, (line[:, None] * line).expand(channels, 1, 3, 3), padding=1, groups=channels)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return _Blur.apply(gradient)

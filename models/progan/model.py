@@ -22,7 +22,7 @@ from ..gans.growing import (
 )
 from ..gans.losses import Wasserstein
 from ..gans.model import check_latents
-from ..gans.resampling import Blur, downsample, upsample
+from ..gans.resampling import blur, downsample, upsample
 
 SLOPE = 0.2
 PIXEL_NORM_EPS = 1e-8
@@ -107,12 +107,12 @@ class DiscriminatorBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, *, blur: bool) -> None:
         super().__init__()
         self.conv0 = EqualizedConv2d(inputs, inputs, 3)
-        self.blur = Blur() if blur else nn.Identity()
+        self.blurs = blur
         self.conv1 = EqualizedConv2d(inputs, outputs, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.blur(F.leaky_relu(self.conv0(x), SLOPE))
-        return F.leaky_relu(self.conv1(x, downsampled=True), SLOPE)
+        x = F.leaky_relu(self.conv0(x), SLOPE)
+        return F.leaky_relu(self.conv1(blur(x) if self.blurs else x, downsampled=True), SLOPE)
 
 
 class Discriminator(nn.Module):

@@ -20,7 +20,7 @@ from ..gans.equalized import EqualizedConv2d, EqualizedLinear
 from ..gans.growing import GrowingConfig, GrowingGan, GrowingRecipe, check_growth
 from ..gans.losses import Logistic
 from ..gans.model import check_latents
-from ..gans.resampling import Blur, upsample
+from ..gans.resampling import blur, upsample
 from ..progan.model import Discriminator
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Layer(nn.Module):
     def __init__(self, config: StyleganConfig, inputs: int | None, outputs: int, *, doubles: bool = False) -> None:
         super().__init__()
         self.convolution = None if inputs is None else EqualizedConv2d(inputs, outputs, 3, bias=False)
-        self.blur = Blur() if doubles else None
+        self.doubles = doubles
         self.affine = EqualizedLinear(config.style, 2 * outputs, gain=1.0)
         self.noise_weight = nn.Parameter(torch.zeros(outputs))
         self.channel_bias = nn.Parameter(torch.zeros(outputs))
@@ -110,9 +110,9 @@ class Layer(nn.Module):
         divisor = 1.0
         if self.convolution is not None:
             divisor = self.convolution.scale
-            x = self.convolution.unscaled(x, of_upsampled=self.blur is not None)
-        if self.blur is not None:
-            x = self.blur(x)
+            x = self.convolution.unscaled(x, of_upsampled=self.doubles)
+        if self.doubles:
+            x = blur(x)
         scale, bias = self.affine(style).chunk(2, 1)
         return style_epilogue(
             x, 1 + scale, bias, noise=noise, noise_weight=self.noise_weight / divisor,
