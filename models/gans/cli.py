@@ -43,8 +43,9 @@ Command = Callable[..., None]
 SettingsT = TypeVar("SettingsT", Config, Recipe)
 
 
-def train_command(gan: type[Gan], config: Config, *, steps: int) -> Command:
-    """``train``: ``config`` and ``gan.recipe`` are the defaults of its options, ``steps`` that of ``--steps``."""
+def train_command(gan: type[Gan], config: Config, *, steps: int, recipe: Recipe | None = None) -> Command:
+    """``train``: ``config`` and ``recipe``, or ``gan.recipe``, are the defaults of its options."""
+    defaults = gan.recipe if recipe is None else recipe
 
     def train(
         ctx: typer.Context,
@@ -62,16 +63,16 @@ def train_command(gan: type[Gan], config: Config, *, steps: int) -> Command:
         if resume:
             run = Training.resumed(gan, path, device)
         else:
-            recipe = chosen(gan.recipe, settings)
-            shape = fitted(chosen(config, settings), recipe)
-            run = Training.begun(gan, shape, recipe, device)
+            asked = chosen(defaults, settings)
+            run = Training.begun(gan, fitted(chosen(config, settings), asked), asked, device)
+        run.pictures = out / "samples"
         counts = [report.count(sum(p.numel() for p in network.parameters())) for network in run.networks.values()]
         known = f"{run.gan.config.classes} classes" if run.gan.config.classes else "no classes"
         console.print(f"{gan.title}: generator {counts[0]} parameters, discriminator {counts[1]}, {known}")
         follow(run, path, steps=steps, save_every=save_every, console=console)
 
     doc = f"Train {gan.title} on digits, a folder of images or LSUN, with losses and images a second."
-    return _with_options(train, doc, config, gan.recipe)
+    return _with_options(train, doc, config, defaults)
 
 
 def sample_command(gan: type[Gan]) -> Command:

@@ -36,6 +36,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "untrained: Fréchet distance" in said
     assert "seed 0" in said
     assert "images/s" in said
+    with Image.open(folder / "samples" / "0000002.png") as picture:
+        assert picture.size == (10 * 64, 8 * 64)  # a column for each class
     return folder / "checkpoint.safetensors"
 
 
@@ -69,13 +71,15 @@ def test_a_folder_says_channels_and_classes(tmp_path: Path) -> None:
         invoke("train", "sagan", "--out", str(tmp_path / "off"), "--steps", "2", *where, *TINY, *QUICK)
 
 
-def test_broken_images_are_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_images_are_summed_up(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
     for n in range(3):
-        Image.new("L", (8, 8), n).save(tmp_path / f"{n}.png")
-    (tmp_path / "2.png").write_bytes(b"")
+        Image.new("L", (8, 8), n).save(data / f"{n}.png")
+    (data / "2.png").write_bytes(b"")
     out = tmp_path / "run"
     said = invoke(
-        "train", "sagan", "--out", str(out), "--data", str(tmp_path), "--on-error", "skip", "--steps", "2",
+        "train", "sagan", "--out", str(out), "--data", str(data), "--on-error", "skip", "--steps", "2",
         "--size", "8", "--attention-at", "0", "--width", "2", "--no-conditional", *QUICK,
     )  # fmt: skip
     assert said.count("2.png: can't be decoded") == 1

@@ -6,7 +6,9 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
+from models import checkpoint
 from models.cache import cache_directory
+from models.gans import classifier
 from models.gans.classifier import digits_classifier
 from models.gans.data import Digits
 from models.gans.frechet import DigitsJudge, Gaussian, frechet_distance
@@ -41,17 +43,17 @@ def test_moments_are_those_of_the_features() -> None:
 
 def test_the_classifier_knows_digits_and_is_kept() -> None:
     before = torch.get_rng_state()
-    classifier = digits_classifier()
+    found = digits_classifier()
     assert torch.equal(before, torch.get_rng_state())
     held_out = Digits(16, "held out")
-    right = (classifier(held_out.images).argmax(1) == held_out.labels).double().mean().item()
+    right = (found(held_out.images).argmax(1) == held_out.labels).double().mean().item()
     assert right > 0.97
-    assert classifier.accuracy.item() == pytest.approx(right)
+    assert found.accuracy.item() == pytest.approx(right)
     (kept,) = cache_directory().glob("digits-classifier*")
     written = kept.stat().st_mtime_ns
     again = digits_classifier()
     assert kept.stat().st_mtime_ns == written
-    assert all(torch.equal(a, b) for a, b in zip(classifier.parameters(), again.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), again.parameters()))
 
 
 def test_the_judge_tells_good_from_bad() -> None:
@@ -70,3 +72,16 @@ def test_the_judge_tells_good_from_bad() -> None:
     assert shifted.hits is not None
     assert shifted.hits < 0.3
     assert str(shifted) == f"Fréchet distance {shifted.frechet:.2f}, asked class hit by {shifted.hits:.1%}"
+
+
+@pytest.mark.parametrize("damage", ["other settings", "cut off"])
+def test_a_kept_classifier_that_is_no_good_is_trained_again(monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    good = digits_classifier()
+    (kept,) = cache_directory().glob("digits-classifier*")
+    if damage == "cut off":
+        kept.write_bytes(kept.read_bytes()[:-100])
+    else:
+        checkpoint.save(kept, classifier.KIND, good.state_dict(), classifier.TRAINED | {"steps": 1})
+    monkeypatch.setattr(classifier, "trained", lambda: good)
+    assert digits_classifier() is good
+    assert checkpoint.load(kept, classifier.KIND)[1] == classifier.TRAINED
