@@ -21,26 +21,24 @@ constexpr int64_t kRows = 64;
 // A token that more positions share, such as padding, is summed by several threads, each some of its columns.
 constexpr int64_t kShared = 256;
 
-// sin(pi/2 x) = pi/2 x + x^3 q(x^2) on [-1, 1], q by Chebyshev interpolation, lowest power first: errors 1e-10 (float,
-// before rounding) and 1e-18. The first term in two parts, as one number is not pi/2.
+// sin(pi/2 x) = x + x p(x^2) on [-1, 1], lowest power first: p is pi/2 - 1, and the rest by Chebyshev interpolation, off
+// by 1e-10 (float) and 1e-18 before rounding. x apart from its polynomial is rounded least.
 template <typename T>
 struct Sine;
 template <>
 struct Sine<float> {
   using Turn = std::uint32_t;  // 2^32 to a turn
   using Signed = std::int32_t;
-  static constexpr float slope[] = {1.5707964e+00f, -4.371139e-08f};
-  static constexpr float q[] = {-6.459640974e-01f, 7.969262085e-02f, -4.681710889e-03f, 1.603197613e-04f,
-                                -3.459223037e-06f};
+  static constexpr float p[] = {5.707963268e-01f,  -6.459640974e-01f, 7.969262085e-02f,
+                                -4.681710889e-03f, 1.603197613e-04f,  -3.459223037e-06f};
 };
 template <>
 struct Sine<double> {
   using Turn = std::uint64_t;
   using Signed = std::int64_t;
-  static constexpr double slope[] = {1.5707963267948966e+00, 6.123233995736766e-17};
-  static constexpr double q[] = {-6.45964097506246252e-01, 7.96926262461668781e-02,  -4.68175413531517996e-03,
-                                 1.60441184759281879e-04,  -3.59884312482157545e-06, 5.69214934222367715e-08,
-                                 -6.68524220432493835e-10, 5.89427416289510794e-12};
+  static constexpr double p[] = {5.70796326794896619e-01,  -6.45964097506246252e-01, 7.96926262461668781e-02,
+                                 -4.68175413531517996e-03, 1.60441184759281879e-04,  -3.59884312482157545e-06,
+                                 5.69214934222367715e-08,  -6.68524220432493835e-10, 5.89427416289510794e-12};
 };
 
 template <typename T>
@@ -53,11 +51,11 @@ inline T sine(uint64_t phase) {
   const bool far = static_cast<typename S::Signed>(turn ^ (turn << 1)) < 0;
   const auto near = far ? mirrored : static_cast<typename S::Signed>(turn);
   const T x = static_cast<T>(near) * (T(1) / (typename S::Turn(1) << (bits - 2))), u = x * x;
-  constexpr int degree = sizeof(S::q) / sizeof(T) - 1;
-  T q = S::q[degree];
+  constexpr int degree = sizeof(S::p) / sizeof(T) - 1;
+  T p = S::p[degree];
 #pragma GCC unroll 8
-  for (int k = degree - 1; k >= 0; --k) q = q * u + S::q[k];
-  return x * S::slope[0] + x * (u * q + S::slope[1]);
+  for (int k = degree - 1; k >= 0; --k) p = p * u + S::p[k];
+  return x + x * p;
 }
 
 // The phases of one position at some columns, which walk from position to position.
