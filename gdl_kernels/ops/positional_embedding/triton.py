@@ -33,12 +33,11 @@ CHUNK = 64
 
 
 @triton.jit
-def _sine(phase):
-    # Of an angle in 2^64ths of a turn, by its higher half.
-    turn = (phase >> 32).to(tl.int32)
-    # The second and third quarter of a turn, where the two highest bits differ, mirror the first and the last.
-    near = tl.where((turn ^ (turn << 1)) < 0, -2147483648 - turn, turn)
-    x = near.to(tl.float32) * (1.0 / 1073741824.0)  # in quarters of a turn, from -1 to 1
+def _cosine(phase):
+    # Of an angle in 2^64ths of a turn, by its higher half. From the nearest whole turn the angle is at most half a turn,
+    # whose sign is nothing to a cosine; and from a quarter turn, where the cosine is 0, at most another quarter.
+    near = 1073741824 - tl.abs((phase >> 32).to(tl.int32))
+    x = near.to(tl.float32) * (1.0 / 1073741824.0)
     u = x * x
     # sin(pi/2 x) = x + x p(x^2), with pi/2 - 1 and Chebyshev interpolation of the rest, off by 1e-10 before rounding. x
     # apart from its polynomial is rounded least.
@@ -61,8 +60,8 @@ def _forward(
     n = block.to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     step = tl.load(steps + column // 2, mask=column < columns, other=0)
-    quarter = (column % 2).to(tl.int64) << 62  # a cosine is a sine a quarter turn ahead
-    place = _sine((n + start)[:, None] * step[None, :] + quarter[None, :])  # [POSITIONS, COLUMNS]
+    quarter = (1 - column % 2).to(tl.int64) << 62  # a sine is a cosine a quarter turn behind
+    place = _cosine((n + start)[:, None] * step[None, :] - quarter[None, :])  # [POSITIONS, COLUMNS]
     there = (n < length)[:, None] & (column < columns)[None, :]
     for b in range(part, batch, n_parts):
         i = n + b * length.to(tl.int64)
