@@ -46,7 +46,7 @@ template <typename T>
 inline Vec<T> cosine(IntVec<T> turn) {
   constexpr int bits = 8 * sizeof(T);
   constexpr auto quarter = typename Lanes<T>::Int(1) << (bits - 2);
-  // From the nearest whole turn the angle is at most half a turn, whose sign is nothing to a cosine; and from a quarter
+  // From the nearest whole turn it is at most half a turn away, on which side is nothing to a cosine; and from a quarter
   // turn, where the cosine is 0, at most another quarter.
   const IntVec<T> sign = turn >> (bits - 1);
   const IntVec<T> near = quarter + sign - (turn ^ sign);
@@ -225,7 +225,7 @@ void positional_embedding_backward(Tokens tokens, Embedding embedding, Rows<cons
   }
 }
 
-#define GDL_INSTANTIATE(T)                                                                               \
+#define GDL_INSTANTIATE(T)                                                                                            \
   template void positional_embedding_forward<T>(Tokens, Embedding, Rows<const T>, int64_t, const uint64_t*, T*, int); \
   template void positional_embedding_backward<T>(Tokens, Embedding, Rows<const T>, T*, int);
 GDL_INSTANTIATE(float)

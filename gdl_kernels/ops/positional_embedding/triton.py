@@ -34,8 +34,8 @@ CHUNK = 64
 
 @triton.jit
 def _cosine(phase):
-    # Of an angle in 2^64ths of a turn, by its higher half. From the nearest whole turn the angle is at most half a turn,
-    # whose sign is nothing to a cosine; and from a quarter turn, where the cosine is 0, at most another quarter.
+    # Of an angle in 2^64ths of a turn, by its higher half. From the nearest whole turn it is at most half a turn away,
+    # on which side is nothing to a cosine; and from a quarter turn, where the cosine is 0, at most another quarter.
     near = 1073741824 - tl.abs((phase >> 32).to(tl.int32))
     x = near.to(tl.float32) * (1.0 / 1073741824.0)
     u = x * x
