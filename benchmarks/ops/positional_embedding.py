@@ -86,15 +86,16 @@ def case(size: Size, dtype: torch.dtype, device: torch.device, passes: Passes) -
 
 
 def _inputs(size: Size, dtype: torch.dtype, backward: bool, generator: torch.Generator) -> Inputs:
-    drawn = {"generator": generator, "device": generator.device}
+    device = generator.device
     # Few tokens make up most of a text, as words do by Zipf's law.
-    chances = 1 / torch.arange(1, size.rows + 1, device=generator.device, dtype=torch.float32)
+    chances = 1 / torch.arange(1, size.rows + 1, device=device, dtype=torch.float32)
     tokens = torch.multinomial(chances, size.batch * size.length, replacement=True, generator=generator)
-    tokens = torch.randperm(size.rows, **drawn)[tokens].view(size.batch, size.length)
-    weight = torch.randn(size.rows, size.columns, **drawn, dtype=dtype)
+    tokens = torch.randperm(size.rows, generator=generator, device=device)[tokens].view(size.batch, size.length)
+    weight = torch.randn(size.rows, size.columns, generator=generator, device=device, dtype=dtype)
     if not backward:
         return tokens, weight
-    return tokens, weight, torch.randn(*tokens.shape, size.columns, **drawn, dtype=dtype)
+    grad = torch.randn(*tokens.shape, size.columns, generator=generator, device=device, dtype=dtype)
+    return tokens, weight, grad
 
 
 def bars(results: Sequence[Result]) -> list[Bar]:
