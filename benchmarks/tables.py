@@ -8,6 +8,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from .diff import Change
 from .results import Bar, Result, Row
 
 _NOTHING = "–"
@@ -37,6 +38,30 @@ def bars_table(bars: Sequence[Bar]) -> Table:
         measured = _NOTHING if bar.measured is None else _bar_value(bar, bar.measured)
         table.add_row(bar.claim, asked, measured, verdict)
     return table
+
+
+def changes_table(changes: Sequence[Change], rows: int) -> Table:
+    table = _table(f"What changed beyond noise, of {rows} rows that both runs have")
+    for heading in ("case", "contestant", ""):
+        table.add_column(heading)
+    for heading in ("before", "after", "after / before"):
+        table.add_column(heading, justify="right")
+    for change in changes:
+        before, after = (_changed(change, value) for value in (change.before, change.after))
+        numbers = isinstance(change.before, (int, float)) and isinstance(change.after, (int, float)) and change.before
+        ratio = f"{change.after / change.before:.2f}" if numbers else ""  # type: ignore[operator]
+        style = "green" if change.better else "red"
+        table.add_row(escape(change.case), escape(change.contestant), change.what, before, after, ratio, style=style)
+    if not changes:
+        table.caption = "Nothing."
+    return table
+
+
+def _changed(change: Change, value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    forms = {"time": "{:.4g} ms", "share of ceiling": "{:.1%}", "bar": "{:.3g}"}
+    return f"{value / 2**20:,.1f} MiB" if change.what == "memory" else forms[change.what].format(value)
 
 
 def _table(title: str) -> Table:
