@@ -111,6 +111,22 @@ def show_difference(before: Path, after: Path) -> None:
     console.print(changes_table(diff.changes(*runs), rows))
 
 
+@app.command("page")
+def write_page(
+    runs: Annotated[list[Path], typer.Argument(help="What --json wrote.")],
+    out: Annotated[Path, typer.Option(dir_okay=False, help="The HTML file to write.")] = Path("runs/benchmarks.html"),
+    picture: Annotated[list[Path] | None, typer.Option(help="A PNG to show at its end; may be given again.")] = None,
+) -> None:
+    """Write runs as one HTML page with plots, which needs no other file."""
+    from .page import write
+
+    try:
+        write(out, [(path.stem, diff.read(path)) for path in runs], picture or [])
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    _console().print(f"to look at: {out}", soft_wrap=True)
+
+
 def _console() -> Console:
     """The terminal, or a log of 120 columns: not the 80 of an unknown terminal."""
     found = Console()

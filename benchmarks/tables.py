@@ -34,8 +34,8 @@ def bars_table(bars: Sequence[Bar]) -> Table:
     table.add_column("")
     for bar in bars:
         verdict = {True: "[green]met", False: "[red]missed", None: "[yellow]not measured"}[bar.met]
-        asked = f"{'≤' if bar.at_most else '≥'} {_bar_value(bar, bar.asked)}"
-        measured = _NOTHING if bar.measured is None else _bar_value(bar, bar.measured)
+        asked = f"{'≤' if bar.at_most else '≥'} {bar_value(bar.unit, bar.asked)}"
+        measured = _NOTHING if bar.measured is None else bar_value(bar.unit, bar.measured)
         table.add_row(bar.claim, asked, measured, verdict)
     return table
 
@@ -80,7 +80,7 @@ def _cells(result: Result, row: Row) -> list[str]:
     return [
         _name(row),
         time,
-        _bandwidth(row.bytes_per_s) if result.bound_by_bytes else _rate(row.flops_per_s),
+        bandwidth(row.bytes_per_s) if result.bound_by_bytes else rate(row.flops_per_s),
         _show(result.share_of_ceiling(row), "{:.0%}"),
         _NOTHING if row.ours or row is result.ceiling else _show(result.speed_up(row), "{:.2f}×"),
         _show(None if row.peak_bytes is None else row.peak_bytes / 2**20, "{:,.0f} MiB"),
@@ -99,18 +99,18 @@ def _note(row: Row) -> str:
     return f"* {row.contestant}: a yardstick, it computes another function" if row.yardstick else ""
 
 
-def _rate(flops_per_s: float | None) -> str:
+def rate(flops_per_s: float | None) -> str:
     if flops_per_s is None:
         return _NOTHING
     return f"{flops_per_s / 1e12:.3g} TFLOP/s" if flops_per_s >= 1e12 else f"{flops_per_s / 1e9:.3g} GFLOP/s"
 
 
-def _bandwidth(bytes_per_s: float | None) -> str:
+def bandwidth(bytes_per_s: float | None) -> str:
     return _show(None if bytes_per_s is None else bytes_per_s / 1e9, "{:.3g} GB/s")
 
 
-def _bar_value(bar: Bar, value: float) -> str:
-    return f"{value:.0%}" if bar.unit == "%" else f"{value:.2f}{bar.unit}"
+def bar_value(unit: str, value: float) -> str:
+    return f"{value:.0%}" if unit == "%" else f"{value:.2f}{unit}"
 
 
 def _show(value: float | None, form: str) -> str:
