@@ -164,7 +164,7 @@ class Progan(GrowingGan):
     name = "progan"
     title = "ProGAN"
     config_type = GrowingConfig
-    recipe = GrowingRecipe(batch=32, fade=12_000, stable=24_000, ema=0.995)
+    recipe = GrowingRecipe()
     rate_factors: ClassVar = {4: 1.0, 1024: 1.5}
 
     def __init__(self, config: GrowingConfig) -> None:

@@ -254,7 +254,7 @@ class Stylegan(GrowingGan):
     name = "stylegan"
     title = "StyleGAN"
     config_type = StyleganConfig
-    recipe = GrowingRecipe(batch=32, fade=12_000, stable=24_000, ema=0.995)
+    recipe = GrowingRecipe()
     rate_factors: ClassVar = {8: 1.0, 128: 1.5, 256: 2.0, 512: 3.0}
     truncates = True
 
