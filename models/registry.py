@@ -26,4 +26,7 @@ class Model:
         return getattr(import_module(f"models.{self.name}.cli"), name, None)
 
 
-MODELS = (Model("musenet", "a Sparse Transformer that writes Bach chorales", "MuseNet 2019; arXiv 1904.10509"),)
+MODELS = (
+    Model("musenet", "a Sparse Transformer that writes Bach chorales", "MuseNet 2019; arXiv 1904.10509"),
+    Model("transformer", "an encoder and decoder that write a bass below a melody", "arXiv 1706.03762"),
+)

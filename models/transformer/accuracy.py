@@ -110,8 +110,8 @@ def measure(
 ) -> tuple[NextTokens, dict[str, Agreement]]:
     """A model on held-out harmonies, beside baselines that are fit on those for training.
 
-    The model writes alone, with the melody and what it has written itself; the last two rows are given Bach's bass up to
-    the step in question. ``model`` is in evaluation mode.
+    The model writes alone, from the melody and what it has written itself; the last two rows are given Bach's bass up
+    to the step in question. ``model`` is in evaluation mode.
     """
     melodies, basses = [harmony.melody for harmony in held_out], [pitches(harmony.bass) for harmony in held_out]
     forced = next_tokens(model, held_out)

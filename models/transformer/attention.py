@@ -44,7 +44,7 @@ def _full(n_q: int, n_k: int, device: torch.device) -> Layout:
 class CrossAttention(nn.Module):
     """Multi-head attention from one sequence to all of another: ``out(concat_h(attention(q_h, k_h, v_h)))``.
 
-    ``q = query(x)`` and ``k, v = key_value(memory)``. Keys and values are computed apart, so that decoding does it once.
+    ``q = query(x)`` and ``k, v = key_value(memory)``. Keys and values are computed apart: decoding does it once.
     """
 
     def __init__(self, width: int, heads: int) -> None:

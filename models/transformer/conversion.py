@@ -1,7 +1,8 @@
 """Weights from and to ``torch.nn.Transformer``, by name.
 
-Its state dict becomes that of :class:`~.model.EncoderDecoder` and back. Norms, activation and numbers of layers are the
-caller's to match: ``norm="pre"`` is ``norm_first=True``, and torch always ends a stack with a norm, ``final_norm=True``.
+Its state dict becomes that of :class:`~.model.EncoderDecoder` and back. Norms, activation and numbers of layers are
+the caller's to match: ``norm="pre"`` is ``norm_first=True``, and torch always ends a stack with a norm, which is
+``final_norm=True``.
 """
 
 from __future__ import annotations

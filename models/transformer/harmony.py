@@ -46,15 +46,14 @@ def encode(notes: Iterable[Note], steps: int | None = None) -> list[int]:
         ValueError: if a note is lower or higher than any token.
     """
     line = sorted(notes)
-    if steps is None:
-        steps = -(-max((note.end for note in line), default=0) // TICKS_PER_STEP)
-    sounding: list[Note | None] = [None] * steps
+    sounding: list[Note | None] = [None] * (_steps(line) if steps is None else steps)
     for note in line:
         if not _LOWEST <= note.pitch < _LOWEST + _SPAN:
             low, high = pitch_name(_LOWEST), pitch_name(_LOWEST + _SPAN - 1)
             raise ValueError(f"a note must be from {low} to {high}, got {pitch_name(note.pitch)}")
-        for step in range(-(-note.start // TICKS_PER_STEP), min(-(-note.end // TICKS_PER_STEP), steps)):
-            sounding[step] = note
+        for step in _sounds_at(note):
+            if step < len(sounding):
+                sounding[step] = note
     tokens = []
     before = None
     for now in sounding:
@@ -75,6 +74,16 @@ def decode(tokens: Iterable[int], voice: str) -> list[Note]:
         if now and not pitch:
             begun, pitch = step, now
     return notes
+
+
+def _steps(notes: Iterable[Note]) -> int:
+    """How many steps notes last."""
+    return -(-max((note.end for note in notes), default=0) // TICKS_PER_STEP)
+
+
+def _sounds_at(note: Note) -> range:
+    """The steps at whose beginning a note sounds."""
+    return range(-(-note.start // TICKS_PER_STEP), -(-note.end // TICKS_PER_STEP))
 
 
 def pitch_of(token: int) -> int:
@@ -123,7 +132,7 @@ def harmonies(pieces: Sequence[Piece]) -> list[Harmony]:
     found = []
     for piece in pieces:
         lines = [[note for note in piece.notes if note.instrument == voice] for voice in ("soprano", "bass")]
-        steps = -(-max(note.end for line in lines for note in line) // TICKS_PER_STEP)
+        steps = max(map(_steps, lines))
         melody, bass = (torch.tensor(encode(line, steps)) for line in lines)
         found.append(Harmony(piece.name, melody, bass, piece.held_out))
     return found
