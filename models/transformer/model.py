@@ -317,7 +317,10 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"the padding of {name} must have its shape, {tuple(tokens.shape)}, got {tuple(padding.shape)}"
             )
-        return self.dropout(gdl_kernels.positional_embedding(tokens, weight, start=start))
+        try:
+            return self.dropout(gdl_kernels.positional_embedding(tokens, weight, start=start))
+        except (TypeError, ValueError) as error:  # which speaks of tokens, and here there are two of that kind
+            raise type(error)(f"{name}: {error}") from error
 
     def _logits(self, x: Tensor) -> Tensor:
         return F.linear(x, self.target_embedding if self.output is None else self.output)

@@ -39,7 +39,7 @@ class Recipe:
     pieces: int | None = None
     length: int = 256
     batch: int = 16
-    rate: float = 1.0
+    rate: float = 0.5
     warmup: int = 400
     smoothing: float = 0.1
     evaluate: int = 100
