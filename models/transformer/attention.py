@@ -71,7 +71,8 @@ class CrossAttention(nn.Module):
             ``(B * K, N, width)``.
         """
         # All rows of a full layout are alike, so the K samples of a source are just more queries of it.
-        query = self.query(x).reshape(len(key), -1, *x.shape[2:]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        rows = x.shape[1] * (len(x) // len(key) if len(key) else 1)
+        query = self.query(x).reshape(len(key), rows, x.shape[2]).unflatten(2, (self.heads, -1)).transpose(1, 2)
         layout = full_layout(query.shape[2], key.shape[2], x.device)
         seen = sparse_attention(query, key, value, layout, key_padding_mask=padding)  # [B, H, K N, D]
         return self.out(seen.transpose(1, 2).reshape(x.shape))

@@ -81,6 +81,7 @@ def train(
     rate: Annotated[float, Option(help="What the paper's learning rate is multiplied by.")] = Recipe.rate,
     warmup: Annotated[int, Option(help="Steps until it is highest.")] = Recipe.warmup,
     smoothing: Annotated[float, Option(help="Of the labels.")] = Recipe.smoothing,
+    forget: Annotated[float, Option(help="Share of the bass so far that is hidden while it learns.")] = Recipe.forget,
     evaluate: Annotated[int, Option(help="Steps between measurements on held-out pieces.")] = Recipe.evaluate,
     transpose: Annotated[bool, Option(help="Play each piece in a random key.")] = True,
     seed: commands.Seed = 0,
@@ -99,7 +100,7 @@ def train(
         )  # fmt: skip
         recipe = Recipe(
             pieces=pieces, length=length, batch=batch, rate=rate, warmup=warmup, smoothing=smoothing,
-            evaluate=evaluate, transpose=transpose, seed=seed,
+            forget=forget, evaluate=evaluate, transpose=transpose, seed=seed,
         )  # fmt: skip
         run = Training(config, recipe, chorales(pieces))
     parameters = report.count(sum(p.numel() for p in run.model.parameters()))

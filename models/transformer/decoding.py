@@ -26,7 +26,7 @@ class Hypothesis:
     ended: bool
 
 
-def length_penalty(length: Tensor | float, alpha: float) -> Tensor | float:
+def length_penalty(length: Tensor, alpha: float) -> Tensor:
     """``((5 + length) / 6) ** alpha`` (arXiv 1609.08144, section 7): without it short targets win."""
     return ((5 + length) / 6) ** alpha
 
@@ -59,8 +59,8 @@ def greedy(
     found: list[Tensor] = []
     ended = torch.zeros_like(token, dtype=torch.bool)
     while len(found) < max_length and not ended.all():
-        logits = _next_logits(model, token, cache, forbidden)
-        token = torch.where(ended, end, logits.argmax(-1, keepdim=True))
+        likeliest = _next_log_p(model, token, cache, forbidden).argmax(-1, keepdim=True)
+        token = torch.where(ended, end, likeliest)
         ended |= token == end
         found.append(token)
     return [_before(end, row) for row in torch.cat(found, 1).tolist()] if len(source) else []
@@ -104,16 +104,16 @@ def beam_search(
     # All beams of a source are one to begin with: only the first has a probability.
     log_p = torch.full((batch, beams), float("-inf"), dtype=torch.float64, device=device)
     log_p[:, 0] = 0
-    lengths = torch.zeros(batch, beams, dtype=torch.int64, device=device)
+    lengths = torch.zeros_like(log_p)
     ended = torch.zeros(batch, beams, dtype=torch.bool, device=device)
     first = torch.arange(batch, device=device)[:, None] * beams
     for _ in range(max_length):
-        step = _next_logits(model, tokens[:, -1:], cache, forbidden).log_softmax(-1).unflatten(0, (batch, beams))
-        stays = torch.full_like(step[0, 0], float("-inf"))  # an ended beam goes on with `end` only, at no cost
+        step = _next_log_p(model, tokens[:, -1:], cache, forbidden).unflatten(0, (batch, beams))
+        stays = step.new_full(step.shape[2:], float("-inf"))  # an ended beam goes on with `end` only, at no cost
         stays[end] = 0
         total = log_p[..., None] + torch.where(ended[..., None], stays, step)  # [B, K, V]
         longer = torch.where(ended, lengths, lengths + 1)
-        _, chosen = (total / length_penalty(longer, alpha)[..., None]).flatten(1).topk(beams)  # type: ignore[index]
+        chosen = (total / length_penalty(longer, alpha)[..., None]).flatten(1).topk(beams).indices
         beam, token = chosen // step.shape[-1], chosen % step.shape[-1]  # [B, K] each
         log_p = total.flatten(1).gather(1, chosen)
         lengths = longer.gather(1, beam)
@@ -131,13 +131,14 @@ def beam_search(
     ]
 
 
-def _next_logits(model: Transformer, token: Tensor, cache: DecoderCache, forbidden: Sequence[int]) -> Tensor:
-    """float64 ``(B, V)``, of the token that follows; -inf for those that are forbidden."""
+def _next_log_p(model: Transformer, token: Tensor, cache: DecoderCache, forbidden: Sequence[int]) -> Tensor:
+    """float64 ``(B, V)``: log p of the token that follows; -inf where that is forbidden, the others as they are."""
     logits = model.decode_next(token, cache)[:, -1].double()
     if not logits.isfinite().all():
         raise ValueError("the model's logits are not finite: its weights are damaged, or its training diverged")
-    logits[:, list(forbidden)] = float("-inf")
-    return logits
+    log_p = logits.log_softmax(-1)
+    log_p[:, list(forbidden)] = float("-inf")
+    return log_p
 
 
 def _before(end: int, tokens: list[int]) -> list[int]:

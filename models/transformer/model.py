@@ -279,9 +279,7 @@ class Transformer(nn.Module):
         x = self._embed("target", target, self.target_embedding, target_padding)
         return self._logits(self.body.decode(x, memory, padding, target_padding))
 
-    def cache(
-        self, memory: Tensor, padding: Tensor | None = None, *, capacity: int, beams: int = 1
-    ) -> DecoderCache:
+    def cache(self, memory: Tensor, padding: Tensor | None = None, *, capacity: int, beams: int = 1) -> DecoderCache:
         """What :meth:`decode_next` starts from. ``beams`` targets of each source follow each other in the batch."""
         return self.body.cache(memory, padding, capacity=capacity, beams=beams)
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import checkpoint
 from ..musenet.data import Piece
 from ..training import Progress, check_finite
 from .accuracy import next_tokens
-from .harmony import PAD, VOCABULARY, Batches, harmonies
+from .harmony import PAD, START, VOCABULARY, Batches, harmonies
 from .model import Config, Transformer
 from .objective import smoothed_cross_entropy, warmed_up_rate
 
@@ -32,6 +33,9 @@ class Recipe:
         rate: what the paper's learning rate is multiplied by.
         warmup: steps until that is highest; from there it falls with the root of the step.
         smoothing: of the labels.
+        forget: share of Bach's own bass that the decoder does not get to see in training. It has to listen to the
+            melody then, and to go on when it has gone astray, as when it writes alone ("word dropout", arXiv
+            1511.06349, section 3.1).
         evaluate: every how many steps the held-out pieces measure what was learnt.
         transpose: whether each piece is in a random key.
     """
@@ -42,6 +46,7 @@ class Recipe:
     rate: float = 0.5
     warmup: int = 400
     smoothing: float = 0.1
+    forget: float = 0.4
     evaluate: int = 100
     transpose: bool = True
     seed: int = 0
@@ -53,8 +58,9 @@ class Recipe:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not (self.rate > 0 and math.isfinite(self.rate)):
             raise ValueError(f"rate must be positive and finite, got {self.rate}")
-        if not 0 <= self.smoothing < 1:
-            raise ValueError(f"smoothing must be from 0 up to, not including, 1, got {self.smoothing}")
+        for name in ("smoothing", "forget"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be from 0 up to, not including, 1, got {getattr(self, name)}")
 
 
 class Training:
@@ -125,7 +131,7 @@ class Training:
                 group["lr"] = rate
             batch = next(self.batches)
             self.optimizer.zero_grad()
-            logits = self.model(batch.source, batch.target, batch.padding)
+            logits = self.model(batch.source, self._partly_forgotten(batch.target), batch.padding)
             loss = smoothed_cross_entropy(logits, batch.following, self.recipe.smoothing, PAD)
             check_finite("loss", loss.item(), self.step)
             loss.backward()
@@ -144,6 +150,11 @@ class Training:
                 learnt = f", held out {held_out.bits:.3f} bits per token, {held_out.right:.1%} of tokens foretold"
                 said = f"step {self.step}: loss {loss.item():.3f}{learnt}"
             yield Progress(self.step, scalars, f"loss {loss.item():.3f}{learnt}", said)
+
+    def _partly_forgotten(self, target: Tensor) -> Tensor:
+        """A target with ``PAD``, which it never sees otherwise, for some of its tokens; not for its ``START``."""
+        gone = torch.rand(target.shape, generator=self.generator) < self.recipe.forget
+        return torch.where(gone & (target != START), PAD, target)
 
 
 def check_vocabulary(config: Config) -> None:

@@ -128,7 +128,7 @@ def test_weights_go_to_torch_and_back() -> None:
 def test_weights_that_are_not_a_transformers_are_refused() -> None:
     ours, theirs = stacks(CONFIG)
     tensor = torch.zeros(3)
-    with pytest.raises(ValueError, match="state must be a torch.nn.Transformer's, got a weight named 'wte.weight'"):
+    with pytest.raises(ValueError, match=r"state must be a torch\.nn\.Transformer's, got a weight named 'wte\.weight'"):
         from_torch({**theirs.state_dict(), "wte.weight": tensor})
     with pytest.raises(ValueError, match=r"no such weight in a layer: 'encoder.layers.0.norm3.weight'"):
         from_torch({**theirs.state_dict(), "encoder.layers.0.norm3.weight": tensor})
@@ -271,7 +271,7 @@ def test_bad_tokens_are_refused() -> None:
         model(wrong, target)
     with pytest.raises(ValueError, match=r"^target: tokens\[1, 3\] must be from 0 to 12.* got 13"):
         model(source, wrong)
-    with pytest.raises(TypeError, match="^source: tokens must be int64 or int32, got torch.float32"):
+    with pytest.raises(TypeError, match=r"^source: tokens must be int64 or int32, got torch\.float32"):
         model(source.float(), target)
     with pytest.raises(ValueError, match=r"^source must be \(batch, at least one position\), got shape \(9,\)"):
         model.encode(source[0])
