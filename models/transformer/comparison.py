@@ -23,7 +23,7 @@ def chorale_batch(batch: int, length: int) -> Batch:
     Raises:
         ValueError: if the chorales are too few.
     """
-    limit, before = 16, 0
+    limit, before = 4, 0
     while True:
         found = chorales(limit)
         samples = _filled(harmonies(found), length)

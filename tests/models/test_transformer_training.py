@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,10 +90,10 @@ def test_the_optimiser_is_the_papers(pieces: list[Piece]) -> None:
 def test_it_learns(pieces: list[Piece]) -> None:
     """Two lines by heart, which it then writes alone."""
     own = [replace(piece, held_out=held_out) for held_out in (False, True) for piece in pieces[1:2]]
-    recipe = replace(RECIPE, warmup=20, evaluate=100, smoothing=0.0, transpose=False, length=30, forget=0.0)
+    recipe = replace(RECIPE, rate=0.2, warmup=20, evaluate=150, smoothing=0.0, transpose=False, length=30, forget=0.0)
     run = Training(replace(CONFIG, width=32, hidden=64, norm="pre", dropout=0.0), recipe, own)
     run.held_out = run.training = [harmony.excerpt(0, 30) for harmony in run.training]
-    list(run.run(100))
+    list(run.run(150))
     run.model.eval()
     forced, rows = measure(run.model, run.training, run.held_out, beams=2, alpha=0.6)
     assert forced.bits < 0.5
@@ -201,22 +196,6 @@ def test_a_run_that_diverges_ends_and_leaves_its_checkpoint(tmp_path: Path) -> N
     assert "diverged" in str(result.exception)
     assert "try a lower rate" in str(result.exception)
     assert not (out / "checkpoint.safetensors").exists()
-
-
-def test_ctrl_c_ends_after_a_whole_step(tmp_path: Path, pieces: list[Piece]) -> None:
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "models", "train", "transformer", *TINY, "--steps", "100000", "--save-every", "3"]
-    with subprocess.Popen(
-        [*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        deadline = time.monotonic() + 120
-        while not (out / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        os.kill(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
-    _, about = checkpoint.load(out / "checkpoint.safetensors", KIND)
-    assert f"Stopped after step {about['step']}; --resume goes on from there." in output
 
 
 @pytest.fixture(scope="module")
