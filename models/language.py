@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,7 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+import gdl_kernels
 from gdl_kernels import layouts
+from gdl_kernels._backends import Explanation
 from gdl_kernels.layouts import Layout
 
 #: What a layer attends to: an entry for :func:`gdl_kernels.layouts.named`; None is all that the model lets it see.
@@ -41,7 +44,7 @@ class Shape:
     dropout: float = 0.1
     attention_dropout: float = 0.1
     eps: float
-    attention: Entry | Sequence[Entry] = None
+    attention: Entry | list[Entry] | tuple[Entry, ...] = None
 
     causal: ClassVar[bool]
 
@@ -66,15 +69,42 @@ class Shape:
     @property
     def _entries(self) -> Sequence[Entry]:
         """One a layer, or one for all."""
-        if self.attention is None or isinstance(self.attention, (Mapping, str)):
-            return [self.attention]  # a string is refused by name
-        return self.attention
+        return self.attention if isinstance(self.attention, (list, tuple)) else [self.attention]
 
     def layouts(self, n: int, device: torch.device | str = "cpu") -> list[Layout]:
         """The layout of each layer for ``n`` positions. Layers with the same pattern share one, and so do calls."""
         found = [layouts.named(n, entry, causal=self.causal, device=device, argument="attention")
                  for entry in self._entries]  # fmt: skip
         return found if len(found) == self.layers else found * self.layers
+
+    def patterns(self) -> str:
+        """``attention`` in words: ``dense``, ``local(window=256)``, or one for each layer."""
+        return ", ".join("dense" if entry is None else _spoken(entry) for entry in self._entries)
+
+    def explain(self, batch: int, dtype: torch.dtype, device: str) -> list[Explanation]:
+        """Who serves the attention of a batch of the longest sequences, for each different layout."""
+        shape = (batch, self.heads, self.context, self.width // self.heads)
+        query = torch.empty(shape, device=device, dtype=dtype)
+        different = dict.fromkeys(self.layouts(self.context, device))
+        return [gdl_kernels.explain("sparse_attention", query, query, query, layout) for layout in different]
+
+
+def _spoken(entry: Mapping[str, Any]) -> str:
+    arguments = ", ".join(f"{name}={value}" for name, value in entry.items() if name != "pattern")
+    return f"{entry['pattern']}({arguments})"
+
+
+def read_attention(text: str | None) -> Entry | list[Entry]:
+    """``Shape.attention`` from a command line, where it is JSON.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    try:
+        return None if text is None else json.loads(text)
+    except ValueError as error:
+        example = '{"pattern": "local", "window": 256}'
+        raise ValueError(f"attention must be JSON, such as {example}, got {text!r}") from error
 
 
 def check_tokens(name: str, tokens: Tensor, count: int) -> None:

@@ -26,4 +26,8 @@ class Model:
         return getattr(import_module(f"models.{self.name}.cli"), name, None)
 
 
-MODELS = (Model("musenet", "a Sparse Transformer that writes Bach chorales", "MuseNet 2019; arXiv 1904.10509"),)
+MODELS = (
+    Model("musenet", "a Sparse Transformer that writes Bach chorales", "MuseNet 2019; arXiv 1904.10509"),
+    Model("bert", "an encoder that tells hidden words", "arXiv 1810.04805"),
+    Model("gpt2", "a decoder that goes on with a text", "GPT-2 2019"),
+)
