@@ -63,23 +63,22 @@ class Shape:
         for entry in self._entries:
             if entry is not None:
                 layouts.check_entry(entry, "attention")
-        if len(self._entries) not in (1, self.layers):
+        if len(self._entries) != self.layers:
             raise ValueError(f"attention must have an entry for each of the {self.layers} layers, got {self.attention}")
 
     @property
     def _entries(self) -> Sequence[Entry]:
-        """One a layer, or one for all."""
-        return self.attention if isinstance(self.attention, (list, tuple)) else [self.attention]
+        """One a layer."""
+        return self.attention if isinstance(self.attention, (list, tuple)) else [self.attention] * self.layers
 
     def layouts(self, n: int, device: torch.device | str = "cpu") -> list[Layout]:
         """The layout of each layer for ``n`` positions. Layers with the same pattern share one, and so do calls."""
-        found = [layouts.named(n, entry, causal=self.causal, device=device, argument="attention")
-                 for entry in self._entries]  # fmt: skip
-        return found if len(found) == self.layers else found * self.layers
+        return [layouts.named(n, entry, causal=self.causal, device=device, argument="attention")
+                for entry in self._entries]  # fmt: skip
 
     def patterns(self) -> str:
-        """``attention`` in words: ``dense``, ``local(window=256)``, or one for each layer."""
-        return ", ".join("dense" if entry is None else _spoken(entry) for entry in self._entries)
+        """``attention`` in words: ``dense``, ``local(window=256)``, or ``dense and local(window=256)``."""
+        return " and ".join(dict.fromkeys("dense" if entry is None else _spoken(entry) for entry in self._entries))
 
     def explain(self, batch: int, dtype: torch.dtype, device: str) -> list[Explanation]:
         """Who serves the attention of a batch of the longest sequences, for each different layout."""

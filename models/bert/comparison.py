@@ -33,14 +33,15 @@ def pairs_of_segments(config: Config, batch: int) -> tuple[Tensor, Tensor]:
     return tokens, (torch.arange(config.context) >= half + 2).long().expand(batch, -1)
 
 
-def problem(config: Config, batch: int, dtype: torch.dtype, device: str, seed: int) -> Problem:
-    """The same model and input at every call. The output is the encoder's; the loss that of masked tokens."""
+def problem(
+    config: Config, tokens: Tensor, token_types: Tensor, dtype: torch.dtype, device: str, seed: int
+) -> Problem:
+    """The same model at every call. The output is the encoder's; the loss that of tokens that are hidden first."""
     torch.manual_seed(seed)
     model = BertForMaskedLM(config).to(device=device, dtype=dtype).train()
-    tokens, token_types = pairs_of_segments(config, batch)
     hidden, labels = hide(tokens, config.vocabulary, generator=torch.Generator().manual_seed(seed))
     tokens, token_types, hidden, labels = (t.to(device) for t in (tokens, token_types, hidden, labels))
-    explain = partial(config.explain, batch, dtype, device)
+    explain = partial(config.explain, len(tokens), dtype, device)
     return Problem(
         model, lambda: model.bert(tokens, token_types), lambda: model.loss(hidden, labels, token_types), explain
     )

@@ -28,7 +28,7 @@ def compare(
     json_path: commands.JsonPath = None,
 ) -> None:
     """Run GPT-2 on text with our kernels and in plain PyTorch. Exits with 1 if the numbers differ."""
-    from .comparison import problem
+    from .comparison import bytes_of_text, problem
     from .model import preset as shape
 
     if batch < 1:
@@ -38,7 +38,7 @@ def compare(
         preset, layers=layers, context=context, attention=read_attention(attention), dropout=0.0, attention_dropout=0.0
     )
     commands.compare_and_show(
-        partial(problem, config, batch, kind, device, seed),
+        partial(problem, config, bytes_of_text(config, batch), kind, device, seed),
         f"GPT-2 {preset}: {config.layers} layers, {config.heads} heads, width {config.width}, {{parameters}}; "
         f"{config.patterns()} attention, {batch} × {context} bytes of Python's reference, {dtype}",
         {"model": "gpt2", "config": asdict(config), "batch": batch},

@@ -24,10 +24,10 @@ def bytes_of_text(config: Config, batch: int) -> Tensor:
     return torch.stack([encode(excerpt) for excerpt in excerpts(batch, config.context + 1)])
 
 
-def problem(config: Config, batch: int, dtype: torch.dtype, device: str, seed: int) -> Problem:
-    """The same model and input at every call. The output is the logits; the loss that of the next token."""
+def problem(config: Config, tokens: Tensor, dtype: torch.dtype, device: str, seed: int) -> Problem:
+    """The same model at every call. The output is the logits; the loss that of the next token."""
     torch.manual_seed(seed)
     model = GPT2(config).to(device=device, dtype=dtype).train()
-    tokens = bytes_of_text(config, batch).to(device)
-    explain = partial(config.explain, batch, dtype, device)
+    tokens = tokens.to(device)
+    explain = partial(config.explain, len(tokens), dtype, device)
     return Problem(model, lambda: model(tokens[:, :-1]), lambda: next_token_loss(model, tokens), explain)
