@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -17,10 +18,10 @@ from ._patterns import fixed, full, local, sliding_with_sinks, strided
 Pattern = Callable[..., Layout]
 
 
-def _sliding_with_sinks(n: int, *, causal: bool, **arguments: Any) -> Layout:
+def _sliding_with_sinks(n: int, window: int, sinks: int, *, causal: bool, block_size: int = 64) -> Layout:
     if not causal:
         raise ValueError("the pattern 'sliding_with_sinks' is causal, and this model's attention is not")
-    return sliding_with_sinks(n, **arguments)
+    return sliding_with_sinks(n, window, sinks, block_size=block_size)
 
 
 _OWN: dict[str, Pattern] = {
@@ -50,9 +51,9 @@ def named(
         argument: what an error calls ``entry``.
 
     Raises:
-        ValueError: if ``entry`` has another form, an argument of the pattern is out of range, or the pattern does not
-            give ``n`` positions or is not causal where the model is.
-        TypeError: if an argument is unknown to the pattern, or of another type.
+        ValueError: if ``entry`` has another form, an argument of the pattern is missing, unknown or out of range, or
+            the pattern does not give ``n`` positions or is not causal where the model is.
+        TypeError: if an argument is of another type.
     """
     if entry is None:
         return _dense(n, causal, torch.device(device))
@@ -106,7 +107,11 @@ def _dense(n: int, causal: bool, device: torch.device) -> Layout:
 def _built(
     pattern: Pattern, name: str, arguments: str, n: int, causal: bool, device: torch.device, argument: str
 ) -> Layout:
-    layout = pattern(n, causal=causal, **json.loads(arguments))
+    try:
+        call = inspect.signature(pattern).bind(n, causal=causal, **json.loads(arguments))
+    except TypeError as error:
+        raise ValueError(f"{argument}: the pattern {name!r} has other arguments: {error}") from error
+    layout = pattern(*call.args, **call.kwargs)
     if not isinstance(layout, Layout) or (layout.n_q, layout.n_k) != (n, n):
         raise ValueError(f"{argument}: the pattern {name!r} must give a layout of {n} positions, got {layout!r}")
     if causal and not layout.causal:

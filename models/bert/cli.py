@@ -37,8 +37,10 @@ def compare(
     config = shape(
         preset, layers=layers, context=context, attention=read_attention(attention), dropout=0.0, attention_dropout=0.0
     )
+    text = pairs_of_segments(config, batch)
+    config.layouts(context)  # a mistake in a pattern is told here, before a side has started
     commands.compare_and_show(
-        partial(problem, config, *pairs_of_segments(config, batch), kind, device, seed),
+        partial(problem, config, *text, kind, device, seed),
         f"BERT {preset}: {config.layers} layers, {config.heads} heads, width {config.width}, {{parameters}}; "
         f"{config.patterns()} attention, {batch} × {context} bytes of Python's reference, {dtype}",
         {"model": "bert", "config": asdict(config), "batch": batch},

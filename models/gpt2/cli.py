@@ -37,8 +37,10 @@ def compare(
     config = shape(
         preset, layers=layers, context=context, attention=read_attention(attention), dropout=0.0, attention_dropout=0.0
     )
+    text = bytes_of_text(config, batch)
+    config.layouts(context)  # a mistake in a pattern is told here, before a side has started
     commands.compare_and_show(
-        partial(problem, config, bytes_of_text(config, batch), kind, device, seed),
+        partial(problem, config, text, kind, device, seed),
         f"GPT-2 {preset}: {config.layers} layers, {config.heads} heads, width {config.width}, {{parameters}}; "
         f"{config.patterns()} attention, {batch} × {context} bytes of Python's reference, {dtype}",
         {"model": "gpt2", "config": asdict(config), "batch": batch},

@@ -65,6 +65,10 @@ ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     "no mapping": (lambda: layouts.named(9, "local", argument="attention"), "^attention must be .* got 'local'"),  # type: ignore[arg-type]
     "causal": (lambda: layouts.named(9, {"pattern": "local", "causal": True}), "entry must not say 'causal'"),
     "argument": (lambda: layouts.named(9, {"pattern": "local", "window": 0}), "window must be at least 1, got 0"),
+    "unknown": (lambda: layouts.named(9, {"pattern": "local", "window": 3, "size": 3}), "entry: the pattern 'local' has"
+                " other arguments: got an unexpected keyword argument 'size'"),
+    "missing": (lambda: layouts.named(9, {"pattern": "sliding_with_sinks", "window": 3}), "missing a required argument:"
+                " 'sinks'"),
     "n": (lambda: layouts.named(0, None), "n must be at least 1|n must be from 1 to"),
     "future": (lambda: mine(layouts.full), "entry: the pattern 'mine' sees later positions, and this model's"),
     "length": (lambda: mine(lambda n: layouts.causal(n + 1)), "'mine' must give a layout of 9 positions"),
@@ -90,5 +94,5 @@ def test_types() -> None:
         layouts.register_pattern(3, layouts.local)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="build must be callable, got str"):
         layouts.register_pattern("mine", "local")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="unexpected keyword argument 'windows'"):
-        layouts.named(9, {"pattern": "local", "windows": 3})
+    with pytest.raises(TypeError, match="window must be an integer, got '3'"):
+        layouts.named(9, {"pattern": "local", "window": "3"})

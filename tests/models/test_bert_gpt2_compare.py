@@ -96,6 +96,7 @@ def test_a_problem_is_the_same_at_every_call_and_trains_on_what_is_hidden() -> N
         (["gpt2", "--attention", "local"], "attention must be JSON, such as .* got 'local'"),
         (["gpt2", "--attention", "5"], "attention must be .* got 5"),
         (["bert", "--attention", '[{"pattern": "local", "window": 9}]', "--layers", "2"], "an entry for each of the 2"),
+        (["bert", "--attention", '{"pattern": "local", "size": 9}'], "the pattern 'local' has other arguments"),
         (["bert", "--dtype", "float8"], "dtype must be one of float32"),
         (["bert", "--preset", "tiny", "--context", "4"], "context 5 for pairs of segments, got 2 and 4"),
         (["gpt2", "--preset", "tiny", "--context", "99999999"], "bytes of text must be at most"),
