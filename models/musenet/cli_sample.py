@@ -35,6 +35,7 @@ def sample(
     from .midi import FASTEST, SLOWEST, write_midi
     from .model import MuseNet, preset
     from .pianoroll import draw_piano_roll
+    from .places import Placer
     from .sampling import sample as draw
     from .tokens import CHORALES, TICKS_PER_BEAT
     from .training import load_model
@@ -67,7 +68,14 @@ def sample(
     midi, picture = out.with_name(f"{name}.mid"), out.with_name(f"{name}.png")
     writable(midi)
     writable(picture)
-    drawn = draw(model, begun, temperature=temperature, top_k=top_k, generator=torch.Generator().manual_seed(seed))
+    drawn = draw(
+        model,
+        begun,
+        temperature=temperature,
+        top_k=top_k,
+        generator=torch.Generator().manual_seed(seed),
+        placer=Placer(vocabulary),
+    )
     tokens = []
     with Progress(transient=True, console=console) as bar:
         for token in bar.track(islice(drawn, length), total=length, description="composing"):
@@ -94,9 +102,9 @@ def _opening(path: Path, vocabulary: Vocabulary, context: int) -> list[int]:
     """
     from .midi import read_midi
 
-    notes = read_midi(path)
+    music = read_midi(path, vocabulary.instruments)
     try:
-        tokens = vocabulary.encode(notes)[:-1]  # all but end
+        tokens = vocabulary.encode(music.notes, tempos=music.tempos)[:-1]  # all but end
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if len(tokens) >= context:
