@@ -10,12 +10,9 @@ import torch
 from rich.progress import Progress
 from typer import Option
 
-from .. import report
+from .. import commands, report
 from ..atomic import replacing, writable
 from .tokens import Vocabulary
-
-#: All that a generator's state tells apart.
-Seed = Annotated[int, Option(min=0, max=2**63 - 1)]
 
 
 def sample(
@@ -29,7 +26,7 @@ def sample(
     temperature: Annotated[float, Option(help="Below 1 plays safe, above takes risks; 0 is the likeliest.")] = 0.95,
     top_k: Annotated[int | None, Option(help="Draw from the k likeliest tokens only.")] = 32,
     tempo: Annotated[float, Option(help="Quarter notes a minute, 4 to 1000.")] = 80.0,
-    seed: Seed = 0,
+    seed: commands.Seed = 0,
 ) -> None:
     """Let MuseNet write a piece: a MIDI file to listen to and a piano roll to look at."""
     from .midi import FASTEST, SLOWEST, write_midi
@@ -68,14 +65,8 @@ def sample(
     midi, picture = out.with_name(f"{name}.mid"), out.with_name(f"{name}.png")
     writable(midi)
     writable(picture)
-    drawn = draw(
-        model,
-        begun,
-        temperature=temperature,
-        top_k=top_k,
-        generator=torch.Generator().manual_seed(seed),
-        placer=Placer(vocabulary),
-    )
+    generator, placer = torch.Generator().manual_seed(seed), Placer(vocabulary)
+    drawn = draw(model, begun, temperature=temperature, top_k=top_k, generator=generator, placer=placer)
     tokens = []
     with Progress(transient=True, console=console) as bar:
         for token in bar.track(islice(drawn, length), total=length, description="composing"):
