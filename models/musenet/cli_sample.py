@@ -47,7 +47,7 @@ def sample(
     if not SLOWEST <= tempo <= FASTEST:
         raise ValueError(f"tempo must be from {SLOWEST} to {FASTEST}, got {tempo}")
     if checkpoint is not None:
-        model, vocabulary = load_model(checkpoint)
+        model, vocabulary, _ = load_model(checkpoint)
         title = f"MuseNet, {checkpoint}, seed {seed}"
     else:
         torch.manual_seed(seed)

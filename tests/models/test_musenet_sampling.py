@@ -18,9 +18,10 @@ from models.musenet.data import Piece
 from models.musenet.midi import read_midi, write_midi
 from models.musenet.model import Config, MuseNet
 from models.musenet.pianoroll import draw_piano_roll
+from models.musenet.recipe import Recipe
 from models.musenet.sampling import draw, sample
 from models.musenet.tokens import CHORALES, TICKS_PER_BEAT, Note
-from models.musenet.training import KIND, Recipe
+from models.musenet.training import KIND
 
 
 @pytest.fixture
@@ -155,12 +156,17 @@ def test_a_typed_suffix_is_not_doubled(tmp_path: Path, typed: str) -> None:
 def test_a_small_context_is_filled(model: MuseNet, tmp_path: Path, length: list[str]) -> None:
     config = replace(model.config, vocabulary=len(CHORALES))
     path = tmp_path / "small.safetensors"
-    about = {"step": 1, "config": asdict(config), "vocabulary": asdict(CHORALES), "recipe": asdict(Recipe())}
+    about = {
+        "config": asdict(config),
+        "vocabulary": asdict(CHORALES),
+        "recipe": asdict(Recipe()),
+        "corpus": None,
+    }
     endless = MuseNet(config)
     with torch.no_grad():  # a logit of about -81
         endless.norm.bias[0] = 9
         endless.embedding.weight[CHORALES.end, 0] = -9
-    checkpoint.save(path, KIND, checkpoint.prefixed(endless.state_dict(), "model"), about)
+    checkpoint.save(path, KIND, checkpoint.prefixed(endless.state_dict(), "average.module"), about)
     arguments = ["sample", "musenet", "--checkpoint", str(path), "--out", str(tmp_path / "piece"), "--top-k", "900"]
     result = CliRunner().invoke(application(), [*arguments, *length])
     assert result.exit_code == 0, result.output
