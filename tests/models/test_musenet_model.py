@@ -195,6 +195,21 @@ def test_places_that_do_not_fit_are_refused() -> None:
         model(given, places=placed._replace(elapsed=placed.elapsed - placed.elapsed.min() - 1))
 
 
+def test_65536_positions_train_in_one_layer() -> None:
+    config = replace(
+        CONFIG, context=65536, layers=1, heads=1, width=16, stride=512, summary=16, recompute=True, **PLACED
+    )
+    torch.manual_seed(0)
+    model = MuseNet(config)
+    given, placed = tokens(1, 65537), places(1, 65537)
+    before = bits_per_token(model, given, placed)
+    before.backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer.step()
+    with torch.no_grad():
+        assert bits_per_token(model, given, placed) < before
+
+
 def test_presets_are_what_they_are_called() -> None:
     config = preset("musenet", 100, dropout=0.1, layers=None)
     assert (config.layers, config.heads, config.context, config.vocabulary) == (72, 24, 4096, 100)
