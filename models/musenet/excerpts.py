@@ -85,8 +85,8 @@ class Excerpts:
 def held_out(pieces: Sequence[Tensor], vocabulary: Vocabulary, length: int, count: int) -> Excerpt:
     """The first ``count`` stretches of ``length`` tokens of pieces on end, as they are, of lengths that are not told.
 
-    So nothing that is measured there helps itself to what only the whole piece tells. ``(<= count, length + 1)``; or one
-    stretch of all there is, where that is shorter.
+    So nothing that is measured there helps itself to what only the whole piece tells. ``(<= count, length + 1)``; or
+    one stretch of all there is, where that is shorter.
     """
     stream = torch.cat([tokens.long() for tokens in pieces])
     places = joined([of_piece(vocabulary, tokens.long()) for tokens in pieces])
