@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .model import MuseNet
+from .places import Placer, batched
 
 
 def sample(
@@ -17,6 +18,7 @@ def sample(
     temperature: float = 1.0,
     top_k: int | None = None,
     generator: torch.Generator | None = None,
+    placer: Placer | None = None,
 ) -> Iterator[int]:
     """Yield tokens that follow ``prompt`` until the context is full.
 
@@ -25,6 +27,7 @@ def sample(
     Args:
         temperature: divides the logits; 0 takes the likeliest token always.
         top_k: only the k likeliest tokens are drawn from; all by default.
+        placer: a new one, for a model that has embeddings of places.
 
     Raises:
         ValueError: if an argument is out of its range, or ``prompt`` leaves no room or has a token that is none.
@@ -38,18 +41,24 @@ def sample(
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
     if top_k is not None and not 1 <= top_k <= vocabulary:
         raise ValueError(f"top_k must be from 1 to {vocabulary}, got {top_k}")
-    return _tokens(model, prompt, temperature, top_k or vocabulary, generator)
+    return _tokens(model, prompt, temperature, top_k or vocabulary, generator, placer)
 
 
 @torch.no_grad()
 def _tokens(
-    model: MuseNet, prompt: list[int], temperature: float, top_k: int, generator: torch.Generator | None
+    model: MuseNet,
+    prompt: list[int],
+    temperature: float,
+    top_k: int,
+    generator: torch.Generator | None,
+    placer: Placer | None,
 ) -> Iterator[int]:
     device = model.embedding.weight.device
     cache = model.cache()
     given = torch.tensor([prompt], device=device)
     while True:
-        logits = model(given, cache)[0, -1].float()
+        places = None if placer is None else batched([placer.of(given[0])]).to(device)
+        logits = model(given, cache, places=places)[0, -1].float()
         token = draw(logits, temperature, top_k, generator)
         yield token
         if cache[0].length == model.config.context:

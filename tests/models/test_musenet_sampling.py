@@ -95,7 +95,7 @@ def test_the_command_writes_music_and_its_picture(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "noise, not music" in result.output
     assert sorted(path.name for path in out.parent.iterdir()) == ["piece.one.mid", "piece.one.png"]
-    notes = read_midi(out.with_name("piece.one.mid"))
+    notes = read_midi(out.with_name("piece.one.mid")).notes
     assert f"{len(notes)} notes" in result.output
     with Image.open(out.with_name("piece.one.png")) as picture:
         assert min(picture.size) > 300
@@ -108,7 +108,7 @@ def test_a_prompt_is_gone_on_with(pieces: list[Piece], tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "whole"), "--top-k", "900"]
     result = CliRunner().invoke(application(), [*arguments, *out])
     assert result.exit_code == 0, result.output
-    notes = read_midi(tmp_path / "whole.mid")
+    notes = read_midi(tmp_path / "whole.mid").notes
     ended = max(note.end for note in opening)
     assert [note for note in notes if note.start < ended] == sorted(opening)
     assert any(note.start >= ended for note in notes)
