@@ -19,6 +19,7 @@ from .tokens import TICKS_PER_BEAT, Note, Tempo, Vocabulary
 
 if TYPE_CHECKING:
     from .model import MuseNet
+    from .statistics import Statistics
 
 #: What is written of a piece, and what its file's name ends in.
 SUFFIXES = {"music": ".mid", "picture": ".png", "sound": ".wav"}
@@ -69,11 +70,11 @@ def sample(
         raise ValueError("--instrument can't be given with --prompt: its own instruments go on")
     drawing, synth = Drawing(temperature, top_k, top_p), synthesizer(soundfont)
     if checkpoint is not None:
-        model, vocabulary = load_model(checkpoint)
+        model, vocabulary, corpus = load_model(checkpoint)
         title = f"MuseNet, {checkpoint}"
     else:
         torch.manual_seed(seed)
-        model, vocabulary = MuseNet(preset("tiny", len(CHORALES))).eval(), CHORALES
+        model, vocabulary, corpus = MuseNet(preset("tiny", len(CHORALES))).eval(), CHORALES, None
         title = "MuseNet with random weights"
         console.print("[yellow]These weights are random: what comes out is noise, not music.[/]")
     context = model.config.context
@@ -113,7 +114,13 @@ def sample(
         if silent[place]:
             console.print(f"piece {place + 1}: not one note in {len(tokens)} tokens; nothing is written of it")
         else:
-            _tell(vocabulary, vocabulary.decode([*begun, *tokens]), tokens, paths, console)
+            notes = vocabulary.decode([*begun, *tokens])
+            beats = max(note.end for note in notes) / TICKS_PER_BEAT
+            ended = "ended by itself" if tokens[-1] == vocabulary.end else "cut at --length"
+            console.print(f"{len(notes)} notes, {beats:.0f} beats, {len(tokens)} tokens, {ended}")
+            _tell_statistics(notes, corpus, console)
+            for kind, path in paths.items():
+                console.print(f"  {kind + ':':8} {path}", soft_wrap=True)
     if isinstance(synth, str):
         console.print(f"no audio: {synth}", soft_wrap=True, markup=False)
 
@@ -172,13 +179,21 @@ def _composed(
     return tokens
 
 
-def _tell(
-    vocabulary: Vocabulary, notes: list[Note], tokens: list[int], paths: dict[str, Path], console: Console
-) -> None:
-    beats = max(note.end for note in notes) / TICKS_PER_BEAT
-    ended = "ended by itself" if tokens[-1] == vocabulary.end else "cut at --length"
-    console.print(f"{len(notes)} notes, {beats:.0f} beats, {len(tokens)} tokens, {ended}")
-    console.print(f"to listen to: {paths['music']}", soft_wrap=True)
-    if "sound" in paths:
-        console.print(f"              {paths['sound']}", soft_wrap=True)
-    console.print(f"to look at:   {paths['picture']}", soft_wrap=True)
+def _tell_statistics(notes: list[Note], corpus: Statistics | None, console: Console) -> None:
+    """What a piece counts like, beside the music that its model learned from."""
+    from .statistics import has_pitch, key, measure
+
+    if not has_pitch(notes):
+        return
+    piece = measure(notes)
+    said = [
+        f"in {key(notes).name} {piece.in_key:.0%}" + ("" if corpus is None else f" ({corpus.in_key:.0%})"),
+        *(
+            f"{what} {getattr(piece, name):.2f}" + ("" if corpus is None else f" ({getattr(corpus, name):.2f})")
+            for name, what in (
+                ("pitch_class_entropy", "entropy of pitch classes"), ("length", "beats a note"),
+                ("length_entropy", "entropy of lengths"),
+            )
+        ),
+    ]  # fmt: skip
+    console.print(f"  {', '.join(said)}" + ("" if corpus is None else "; in brackets what it learned from"))

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gdl_kernels.layouts import Layout
-from gdl_kernels.nn import KeyValueCache, SparseSelfAttention
+from gdl_kernels.nn import KeyValueCache, PositionalEmbedding, SparseSelfAttention
 
 from .patterns import ATTENTION, Attention, layer_layouts
 from .places import ROWS, Places
@@ -93,19 +92,6 @@ def preset(name: str, vocabulary: int, **changes: object) -> Config:
     return replace(PRESETS[name], vocabulary=vocabulary, **given)  # type: ignore[arg-type]
 
 
-def sinusoids(
-    start: int, count: int, width: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Positions ``start`` to ``start + count - 1``: ``(count, width)``.
-
-    ``out[p, 2i] = sin((start + p) / 10000^(2i / width))`` and ``out[p, 2i + 1]`` the cosine of the same.
-    """
-    position = torch.arange(start, start + count, dtype=torch.float64, device=device)
-    rate = 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
-    angle = position[:, None] * rate  # in float64, as float32 is off by 1e-3 at position 10^5
-    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1).to(dtype)
-
-
 class Block(nn.Module):
     def __init__(self, config: Config, layout: Layout) -> None:
         super().__init__()
@@ -132,7 +118,7 @@ class MuseNet(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        self.embedding = PositionalEmbedding(config.vocabulary, config.width)
         self.places = nn.ModuleDict({name: nn.Embedding(ROWS[name], config.width) for name in config.places})
         layouts = layer_layouts(
             config.attention, layers=config.layers, heads=config.heads, context=config.context,
@@ -189,10 +175,7 @@ class MuseNet(nn.Module):
         end = start + tokens.shape[1]
         if end > self.config.context:
             raise ValueError(f"tokens must end within the context, {self.config.context}, but would end at {end}")
-        _check_rows("tokens", tokens, self.config.vocabulary)
-        width, dtype = self.config.width, self.embedding.weight.dtype
-        place = sinusoids(start, tokens.shape[1], width, device=tokens.device, dtype=dtype)
-        x = self.embedding(tokens) * math.sqrt(width) + place
+        x = self.embedding(tokens, start)
         for name, rows in self._place_rows(tokens, places).items():
             x = x + self.places[name](rows)
         for layer, block in enumerate(self.blocks):

@@ -121,10 +121,10 @@ def test_every_token_has_a_name_of_its_own() -> None:
 
 def test_conditions_can_be_left_out() -> None:
     tokens = torch.tensor(ENSEMBLE.encode([Note(0, 6, "drums", 36)], tempos=[Tempo(0, 60)], composer="bach"))
-    names = {
-        kept: [ENSEMBLE.name(int(t)) for t in ENSEMBLE.without_conditions(tokens, composer=kept[0], instrumentation=kept[1])]
-        for kept in itertools.product((False, True), repeat=2)
-    }
+    names = {}
+    for composer, instrumentation in itertools.product((False, True), repeat=2):
+        left = ENSEMBLE.without_conditions(tokens, composer=composer, instrumentation=instrumentation)
+        names[composer, instrumentation] = [ENSEMBLE.name(token) for token in left.tolist()]
     assert names[False, False][1:4] == ["by:bach", "with:drums", "tempo:60"]
     assert names[True, False][1:3] == ["with:drums", "tempo:60"]
     assert names[False, True][1:3] == ["by:bach", "tempo:60"]
@@ -136,7 +136,7 @@ def test_conditions_that_no_token_says_are_refused() -> None:
     assert ENSEMBLE.conditions(composer="bach", instruments=["drums"]) == [12, 16]
     with pytest.raises(ValueError, match="composer must be one of bach, satie; got 'liszt'"):
         ENSEMBLE.encode([], composer="liszt")
-    with pytest.raises(ValueError, match="composer must be one of none, for this vocabulary has no composers; got 'liszt'"):
+    with pytest.raises(ValueError, match="none, for this vocabulary has no composers; got 'liszt'"):
         CHORALES.conditions(composer="liszt")
     with pytest.raises(ValueError, match="instruments must be of piano, strings, drums, got 'kazoo'"):
         ENSEMBLE.conditions(instruments=["piano", "kazoo"])
@@ -202,7 +202,7 @@ def test_a_token_out_of_range_is_refused(token: int) -> None:
         {"instruments": ()}, {"velocities": (80, 20)}, {"velocities": (0,)}, {"longest_wait": 0}, {"tempos": (60, 60)},
         {"tempos": (0,)}, {"composers": ("bach", "bach")},
     ],
-)
+)  # fmt: skip
 def test_a_vocabulary_that_makes_no_sense_is_refused(fields: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(fields))):
         Vocabulary(**{"instruments": ("piano",), **fields})

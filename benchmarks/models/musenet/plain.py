@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.musenet.model import Block, MuseNet, sinusoids
+from models.musenet.model import Block, MuseNet
 
 #: From the layer and its query, key and value, each ``(B, H, N, D)``, to what each position has seen.
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -17,9 +18,9 @@ Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 def hidden(model: MuseNet, tokens: Tensor, attention: Attention, start: int = 0) -> Tensor:
     """What logits are made of, ``(B, N, width)``: the model's own forward pass with another attention."""
-    heads, width = model.config.heads, model.config.width
-    place = sinusoids(start, tokens.shape[1], width, device=tokens.device, dtype=model.embedding.weight.dtype)
-    x = model.embedding(tokens) * math.sqrt(width) + place
+    heads, width, weight = model.config.heads, model.config.width, model.embedding.weight
+    place = sinusoids(model.config.context, width, weight.dtype, weight.device)[start : start + tokens.shape[1]]
+    x = F.embedding(tokens, weight) * math.sqrt(width) + place
     for layer, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         qkv = block.attention.qkv(block.attention_norm(x)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
@@ -27,6 +28,14 @@ def hidden(model: MuseNet, tokens: Tensor, attention: Attention, start: int = 0)
         x = x + block.attention.out(seen.transpose(1, 2).flatten(2))
         x = x + block.mlp(block.mlp_norm(x))
     return model.norm(x)
+
+
+@functools.cache
+def sinusoids(count: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[p, 2i] = sin(p / 10000^(2i / width))``, ``[p, 2i + 1]`` the cosine: a table that is made once."""
+    rate = 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angle = torch.arange(count)[:, None] * rate
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1).to(device, dtype)
 
 
 def last_logits(model: MuseNet, tokens: Tensor, attention: Attention, start: int = 0) -> Tensor:
