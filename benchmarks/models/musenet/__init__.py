@@ -1,0 +1,19 @@
+"""MuseNet: writing a token at a time, and training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ...cases import Case
+from ...results import Bar, Result
+from . import decoding
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    yield from decoding.cases(device, quick)
+
+
+def bars(results: Sequence[Result]) -> list[Bar]:
+    return decoding.bars(results)
