@@ -26,4 +26,10 @@ class Model:
         return getattr(import_module(f"models.{self.name}.cli"), name, None)
 
 
-MODELS = (Model("musenet", "a Sparse Transformer that writes Bach chorales", "MuseNet 2019; arXiv 1904.10509"),)
+MODELS = (
+    Model(
+        "musenet",
+        "a Sparse Transformer that writes chorales or your own kind of music",
+        "MuseNet 2019; arXiv 1904.10509",
+    ),
+)

@@ -66,9 +66,16 @@ def train(
 
     def read(recipe: Recipe) -> Iterable[Piece]:
         if recipe.data is None:
+            if data is not None:
+                raise ValueError(f"--data can't be given with --resume: {path} was trained on the chorales")
             return chorales(recipe.pieces)
         folder = Path(recipe.data) if data is None else data
-        return read_folder(folder, recipe.pieces, strict=strict, say=partial(console.print, soft_wrap=True))
+        return read_folder(
+            folder,
+            recipe.pieces,
+            strict=strict,
+            say=partial(console.print, soft_wrap=True, markup=False, highlight=False),
+        )
 
     if resume:
         run = Training.resumed(path, read, device=device)

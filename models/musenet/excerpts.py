@@ -85,26 +85,16 @@ class Excerpts:
 def held_out(pieces: Sequence[Tensor], vocabulary: Vocabulary, length: int, count: int) -> Excerpt:
     """The first ``count`` stretches of ``length`` tokens of pieces on end, as they are, of lengths that are not told.
 
-    So nothing that is measured there helps itself to what only the whole piece tells. ``(<= count, length + 1)``.
-
-    Raises:
-        ValueError: if the pieces are shorter than one stretch.
+    So nothing that is measured there helps itself to what only the whole piece tells. ``(<= count, length + 1)``; or
+    one stretch of all there is, where that is shorter.
     """
-    placed = [Excerpt(tokens.long(), of_piece(vocabulary, tokens.long())) for tokens in pieces]
-    tokens, places = zip(*placed)
-    return Excerpt(
-        windows(torch.cat(tokens), length, count),
-        Places(*(windows(place, length, count) for place in joined(places))),
-    )
+    stream = torch.cat([tokens.long() for tokens in pieces])
+    places = joined([of_piece(vocabulary, tokens.long()) for tokens in pieces])
+    length = min(length, len(stream) - 1)
+    return Excerpt(windows(stream, length, count), Places(*(windows(place, length, count) for place in places)))
 
 
 def windows(tokens: Tensor, length: int, count: int) -> Tensor:
-    """The first ``count`` stretches of a stream, which follow each other: int64 ``(<= count, length + 1)``.
-
-    Raises:
-        ValueError: if the stream is shorter than one stretch.
-    """
+    """The first ``count`` stretches of a stream, which follow each other: int64 ``(<= count, length + 1)``."""
     fit = min(count, (len(tokens) - 1) // length)
-    if fit < 1:
-        raise ValueError(f"tokens must be at least {length + 1} for one stretch of {length}, got {len(tokens)}")
     return tokens[: fit * length + 1].unfold(0, length + 1, length)

@@ -267,6 +267,9 @@ def test_the_command_trains_and_resumes(tmp_path: Path) -> None:
     other = run.invoke(application(), ["train", "musenet", *out, "--resume", "--rate", "0.1"])
     assert isinstance(other.exception, ValueError)
     assert "--rate can't be given with --resume" in str(other.exception)
+    folder = run.invoke(application(), ["train", "musenet", *out, "--resume", "--steps", "5", "--data", str(tmp_path)])
+    assert "--data can't be given with --resume" in str(folder.exception)
+    assert "was trained on the chorales" in str(folder.exception)
 
 
 def test_the_command_trains_on_a_folder_of_midi_files(tmp_path: Path) -> None:
