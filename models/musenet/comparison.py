@@ -49,7 +49,10 @@ def problem(config: Config, tokens: list[int], batch: int, dtype: torch.dtype, d
     def explain() -> list[Explanation]:
         shape = (batch, config.heads, config.context, head_dim)
         query = torch.empty(shape, device=device, dtype=dtype)
-        return [gdl_kernels.explain("sparse_attention", query, query, query, model.attention[0].layout)]
+        return [
+            gdl_kernels.explain("sparse_attention", query, query, query, model.attention[0].layout),
+            gdl_kernels.explain("positional_embedding", excerpts[:, :-1], model.embedding.weight),
+        ]
 
     # What comes before the last tokens is played once.
     played = config.context - min(DECODED, config.context - 1)
