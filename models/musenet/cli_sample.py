@@ -186,14 +186,14 @@ def _tell_statistics(notes: list[Note], corpus: Statistics | None, console: Cons
     if not has_pitch(notes):
         return
     piece = measure(notes)
-    said = [
-        f"in {key(notes).name} {piece.in_key:.0%}" + ("" if corpus is None else f" ({corpus.in_key:.0%})"),
-        *(
-            f"{what} {getattr(piece, name):.2f}" + ("" if corpus is None else f" ({getattr(corpus, name):.2f})")
-            for name, what in (
-                ("pitch_class_entropy", "entropy of pitch classes"), ("length", "beats a note"),
-                ("length_entropy", "entropy of lengths"),
-            )
-        ),
-    ]  # fmt: skip
-    console.print(f"  {', '.join(said)}" + ("" if corpus is None else "; in brackets what it learned from"))
+
+    def said(name: str, form: str) -> str:
+        own = format(getattr(piece, name), form)
+        return own if corpus is None else f"{own} ({getattr(corpus, name):{form}})"
+
+    beside = "" if corpus is None else "; in brackets the music learned from"
+    console.print(
+        f"  in {key(notes).name} {said('in_key', '.0%')}, beats a note {said('length', '.2f')}; entropies: pitch classes "
+        f"{said('pitch_class_entropy', '.2f')}, lengths {said('length_entropy', '.2f')}{beside}",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip

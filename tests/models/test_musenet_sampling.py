@@ -181,7 +181,7 @@ def test_conditions_are_what_a_piece_begins_with(tmp_path: Path, monkeypatch: py
     result = CliRunner().invoke(application(), [*arguments, *instruments, "--tempo", "100"])
     assert result.exit_code == 0, result.output
     assert begun.pop() == ["start", "by:satie", "with:piano", "with:strings", "tempo:90"]
-    assert "in C major 100% (87%), entropy of pitch classes 0.00 (2.96), beats a note 1.00 (1.25)" in result.output
+    assert "in C major 100% (87%), beats a note 1.00 (1.25); entropies: pitch classes 0.00 (2.96)" in result.output
     assert read_midi(tmp_path / "piece.mid").tempos == [Tempo(0, pytest.approx(90))]
 
     write_midi([Note(0, 24, "strings", 60)], tmp_path / "prompt.mid", beats_per_minute=61)

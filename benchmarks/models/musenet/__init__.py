@@ -8,12 +8,13 @@ import torch
 
 from ...cases import Case
 from ...results import Bar, Result
-from . import decoding
+from . import decoding, training
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     yield from decoding.cases(device, quick)
+    yield from training.cases(device, quick)
 
 
 def bars(results: Sequence[Result]) -> list[Bar]:
-    return decoding.bars(results)
+    return [*decoding.bars(results), *training.bars(results)]

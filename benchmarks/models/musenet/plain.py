@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from models.musenet.model import Block, MuseNet
 
@@ -85,12 +86,19 @@ class DenseCache:
 def run_by_run(stride: int, summary: int) -> Attention:
     """The fixed pattern, merged, over the kept keys alone: gathered for a run of ``stride`` queries at a time.
 
-    Written from the paper and apart from the layouts: the truth by which they are judged, at any length.
+    Written from the paper and apart from the layouts: the truth by which they are judged, at any length. For that the
+    backward pass computes each run again, and keeps none.
     """
 
     def attention(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        n = query.shape[2]
-        return torch.cat([run(query, key, value, begin) for begin in range(0, n, stride)], dim=2)
+        if not torch.is_grad_enabled():
+            runs = [run(query, key, value, begin) for begin in range(0, query.shape[2], stride)]
+        else:
+            runs = [
+                checkpoint(run, query, key, value, begin, use_reentrant=False)
+                for begin in range(0, query.shape[2], stride)
+            ]
+        return torch.cat(runs, dim=2)
 
     def run(query: Tensor, key: Tensor, value: Tensor, begin: int) -> Tensor:
         query = query[:, :, begin : begin + stride]
