@@ -21,68 +21,81 @@ constexpr int64_t kRows = 64;
 // A token that more positions share, such as padding, is summed by several threads, each some of its columns.
 constexpr int64_t kShared = 256;
 
-// sin(pi/2 x) = pi/2 x + x^3 q(x^2) on [-1, 1], q by Chebyshev interpolation, lowest power first: errors 1e-10 (float,
-// before rounding) and 1e-18. The first term in two parts, as one number is not pi/2.
+// sin(pi/2 x) = x + x p(x^2) on [-1, 1], lowest power first: p is pi/2 - 1, and the rest by Chebyshev interpolation, off
+// by 1e-10 (float) and 1e-18 before rounding. x apart from its polynomial is rounded least.
 template <typename T>
 struct Sine;
 template <>
 struct Sine<float> {
-  using Turn = std::uint32_t;  // 2^32 to a turn
-  using Signed = std::int32_t;
-  static constexpr float slope[] = {1.5707964e+00f, -4.371139e-08f};
-  static constexpr float q[] = {-6.459640974e-01f, 7.969262085e-02f, -4.681710889e-03f, 1.603197613e-04f,
-                                -3.459223037e-06f};
+  static constexpr float p[] = {5.707963268e-01f,  -6.459640974e-01f, 7.969262085e-02f,
+                                -4.681710889e-03f, 1.603197613e-04f,  -3.459223037e-06f};
 };
 template <>
 struct Sine<double> {
-  using Turn = std::uint64_t;
-  using Signed = std::int64_t;
-  static constexpr double slope[] = {1.5707963267948966e+00, 6.123233995736766e-17};
-  static constexpr double q[] = {-6.45964097506246252e-01, 7.96926262461668781e-02,  -4.68175413531517996e-03,
-                                 1.60441184759281879e-04,  -3.59884312482157545e-06, 5.69214934222367715e-08,
-                                 -6.68524220432493835e-10, 5.89427416289510794e-12};
+  static constexpr double p[] = {5.70796326794896619e-01,  -6.45964097506246252e-01, 7.96926262461668781e-02,
+                                 -4.68175413531517996e-03, 1.60441184759281879e-04,  -3.59884312482157545e-06,
+                                 5.69214934222367715e-08,  -6.68524220432493835e-10, 5.89427416289510794e-12};
 };
 
+// Angles of one column after another. Unsigned, so what overflows is whole turns.
+typedef uint64_t Phases __attribute__((vector_size(kVectorBytes)));
+constexpr int kPhases = kVectorBytes / 8;
+
+// Of angles in units of 2^-32 (float) or 2^-64 (double) of a turn.
 template <typename T>
-inline T sine(uint64_t phase) {
-  using S = Sine<T>;
+inline Vec<T> cosine(IntVec<T> turn) {
   constexpr int bits = 8 * sizeof(T);
-  const auto turn = static_cast<typename S::Turn>(phase >> (64 - bits));
-  // The second and third quarter of a turn, where the two highest bits differ, mirror the first and the last.
-  const auto mirrored = static_cast<typename S::Signed>((typename S::Turn(1) << (bits - 1)) - turn);
-  const bool far = static_cast<typename S::Signed>(turn ^ (turn << 1)) < 0;
-  const auto near = far ? mirrored : static_cast<typename S::Signed>(turn);
-  const T x = static_cast<T>(near) * (T(1) / (typename S::Turn(1) << (bits - 2))), u = x * x;
-  constexpr int degree = sizeof(S::q) / sizeof(T) - 1;
-  T q = S::q[degree];
+  constexpr auto quarter = typename Lanes<T>::Int(1) << (bits - 2);
+  // From the nearest whole turn it is at most half a turn away, on which side is nothing to a cosine; and from a quarter
+  // turn, where the cosine is 0, at most another quarter.
+  const IntVec<T> sign = turn >> (bits - 1);
+  const IntVec<T> near = quarter + sign - (turn ^ sign);
+  const Vec<T> x = __builtin_convertvector(near, Vec<T>) * (T(1) / quarter), u = x * x;
+  constexpr int degree = sizeof(Sine<T>::p) / sizeof(T) - 1;
+  Vec<T> p = broadcast<T>(Sine<T>::p[degree]);
 #pragma GCC unroll 8
-  for (int k = degree - 1; k >= 0; --k) q = q * u + S::q[k];
-  return x * S::slope[0] + x * (u * q + S::slope[1]);
+  for (int k = degree - 1; k >= 0; --k) p = p * u + Sine<T>::p[k];
+  return x + x * p;
 }
 
-// The phases of one position at some columns, which walk from position to position.
-struct Phases {
-  alignas(64) uint64_t at[kColumns], step[kColumns];
+// As many angles as a vector of T has lanes: their high halves for float.
+template <typename T>
+inline IntVec<T> turns(const Phases* phases) {
+  if constexpr (sizeof(T) == sizeof(uint64_t))
+    return (IntVec<T>)phases[0];
+  else
+    return __builtin_shuffle((IntVec<T>)phases[0], (IntVec<T>)phases[1], 2 * lane_index<T>() + 1);
+}
 
-  Phases(int64_t position, int64_t first_column, int64_t columns, const uint64_t* steps) {
-    constexpr uint64_t quarter = uint64_t(1) << 62;
-    for (int64_t j = 0; j < columns; ++j) {
-      step[j] = steps[(first_column + j) / 2];
-      at[j] = static_cast<uint64_t>(position) * step[j] + (j % 2 == 0 ? 0 : quarter);
+// out[n * kColumns + j]: the sinusoid of position + n at column j. Writes whole vectors: up to kColumns columns. Calls
+// meanwhile(n, j) for each.
+template <typename T, typename Meanwhile>
+void sinusoids(int64_t position, int64_t positions, int64_t columns, const uint64_t* steps, T* out,
+               Meanwhile meanwhile) {
+  constexpr int width = kWidth<T>, parts = width / kPhases;
+  alignas(64) uint64_t step_of[kColumns] = {};
+  for (int64_t j = 0; j < columns; ++j) step_of[j] = steps[j / 2];
+  const Phases quarter = (Phases)(1 - (lane_index<double>() & 1)) << 62;  // a sine is a cosine a quarter turn behind
+  for (int64_t j = 0; j < columns; j += width) {
+    Phases at[parts], step[parts];
+    for (int i = 0; i < parts; ++i) {
+      std::memcpy(&step[i], step_of + j + i * kPhases, sizeof step[i]);
+      at[i] = step[i] * static_cast<uint64_t>(position) - quarter;
+    }
+    for (int64_t n = 0; n < positions; ++n) {
+      meanwhile(n, j);
+      store<T>(out + n * kColumns + j, cosine<T>(turns<T>(at)));
+      for (int i = 0; i < parts; ++i) at[i] += step[i];
     }
   }
-
-  // Sinusoids of this position; then on to the next.
-  template <typename T>
-  void next(T* __restrict out, int64_t columns) {
-    for (int64_t j = 0; j < columns; ++j) {
-      out[j] = sine<T>(at[j]);
-      at[j] += step[j];
-    }
-  }
-};
+}
 
 static_assert(kColumns % 2 == 0, "a block begins with a sine");
+
+template <typename T>
+inline void prefetch(const T* numbers, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(numbers + i);
+}
 
 // The tokens' places in the order of their rows, those of one row in their own order.
 struct ByRow {
@@ -164,16 +177,20 @@ void positional_embedding_forward(Tokens tokens, Embedding embedding, Rows<const
     const int64_t part = task % parts, tile = task / parts % tiles, block = task / parts / tiles;
     const int64_t n_begin = block * kPositions, n_end = std::min(tokens.length, n_begin + kPositions);
     const int64_t first = tile * kColumns, columns = std::min(kColumns, width - first);
+    const int64_t b_begin = batch * part / parts, b_end = batch * (part + 1) / parts;
     alignas(64) A places[kPositions * kColumns];
-    Phases phases(start + n_begin, first, columns, steps);
-    for (int64_t n = n_begin; n < n_end; ++n) phases.next(places + (n - n_begin) * kColumns, columns);
-    for (int64_t b = batch * part / parts; b < batch * (part + 1) / parts; ++b) {
+    const auto row = [&](int64_t b, int64_t n) { return weight[tokens.ids[b * tokens.length + n]] + first; };
+    // Rows lie anywhere, so the hardware does not foresee the next.
+    sinusoids(start + n_begin, n_end - n_begin, columns, steps + first / 2, places,
+              [&](int64_t n, int64_t j) { __builtin_prefetch(row(b_begin, n_begin + n) + j); });
+    for (int64_t b = b_begin; b < b_end; ++b) {
       for (int64_t n = n_begin; n < n_end; ++n) {
-        const int64_t i = b * tokens.length + n;
-        const T* row = weight[tokens.ids[i]] + first;
+        if (b + 1 < b_end) prefetch(row(b + 1, n), columns);
+        const T* from = row(b, n);
         const A* place = places + (n - n_begin) * kColumns;
         const A scale = static_cast<A>(embedding.scale);
-        write(out + i * width + first, columns, [=](auto at) { return at(scale) * at(row) + at(place); });
+        write(out + (b * tokens.length + n) * width + first, columns,
+              [=](auto at) { return at(scale) * at(from) + at(place); });
       }
     }
   }
@@ -208,7 +225,7 @@ void positional_embedding_backward(Tokens tokens, Embedding embedding, Rows<cons
   }
 }
 
-#define GDL_INSTANTIATE(T)                                                                               \
+#define GDL_INSTANTIATE(T)                                                                                            \
   template void positional_embedding_forward<T>(Tokens, Embedding, Rows<const T>, int64_t, const uint64_t*, T*, int); \
   template void positional_embedding_backward<T>(Tokens, Embedding, Rows<const T>, T*, int);
 GDL_INSTANTIATE(float)

@@ -8,10 +8,11 @@ from torch import Tensor
 from ... import _native
 from .phases import phase_steps
 from .reference import check_range
+from .rows import contiguous_rows
 
 
 def forward(out: Tensor, tokens: Tensor, weight: Tensor, scale: float, start: int, backend: str) -> None:
-    ids, table = _ids(tokens), _rows(weight)
+    ids, table = _ids(tokens), contiguous_rows(weight)
     steps = phase_steps(weight.shape[1], weight.device)
     native = _native.cpu_module().positional_embedding_forward
     ok = native(
@@ -25,7 +26,7 @@ def forward(out: Tensor, tokens: Tensor, weight: Tensor, scale: float, start: in
 def backward(
     grad_weight: Tensor, grad: Tensor, tokens: Tensor, num_embeddings: int, scale: float, backend: str
 ) -> None:
-    ids, grads = _ids(tokens), _rows(grad.reshape(-1, grad.shape[-1]))
+    ids, grads = _ids(tokens), contiguous_rows(grad.reshape(-1, grad.shape[-1]))
     native = _native.cpu_module().positional_embedding_backward
     ok = native(
         _dtype(grad), ids.data_ptr(), ids.numel(), grads.data_ptr(), grads.stride(0), *grad_weight.shape, scale,
@@ -37,11 +38,6 @@ def backward(
 
 def _ids(tokens: Tensor) -> Tensor:
     return tokens.to(torch.int64).contiguous()
-
-
-def _rows(matrix: Tensor) -> Tensor:
-    """The matrix itself where its rows are contiguous, whatever lies between them; else a copy."""
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -1,7 +1,7 @@
 """Angles as the kernels count them: in integers, 2^64 to a turn.
 
 What overflows is whole turns, so the angle of position ``p`` is ``p * phase_step`` modulo 2^64, which is exact: the
-only error is that of the step, at most 2^-65 of a turn, ``p`` times over. A cosine is a sine a quarter turn ahead.
+only error is that of the step, at most 2^-65 of a turn, ``p`` times over. A sine is a cosine a quarter turn behind.
 """
 
 from __future__ import annotations
