@@ -193,7 +193,7 @@ def _tell_statistics(notes: list[Note], corpus: Statistics | None, console: Cons
 
     beside = "" if corpus is None else "; in brackets the music learned from"
     console.print(
-        f"  in {key(notes).name} {said('in_key', '.0%')}, beats a note {said('length', '.2f')}; entropies: pitch classes "
-        f"{said('pitch_class_entropy', '.2f')}, lengths {said('length_entropy', '.2f')}{beside}",
+        f"  in {key(notes).name} {said('in_key', '.0%')}, beats a note {said('length', '.2f')}; entropies: "
+        f"pitch classes {said('pitch_class_entropy', '.2f')}, lengths {said('length_entropy', '.2f')}{beside}",
         soft_wrap=True, highlight=False,
     )  # fmt: skip

@@ -84,7 +84,8 @@ def read_midi(path: Path, instruments: Collection[str] = (*VOICES, *FAMILIES, DR
         raise ValueError(f"{path}: a MIDI file without a single note")
     tempos = {0: float(USUAL)}
     for tempo in sorted(score.tempos, key=lambda tempo: tempo.time):
-        tempos[round(tempo.time * grid)] = tempo.qpm  # of several at one tick, the last counts
+        if tempo.mspq > 0:  # some files have beats of no length, at which nothing can be played
+            tempos[round(tempo.time * grid)] = tempo.qpm  # of several at one tick, the last counts
     return Music(sorted(notes), [Tempo(start, pace) for start, pace in tempos.items()])
 
 

@@ -83,7 +83,7 @@ def test_what_is_dropped_is_as_often_missing_as_was_asked() -> None:
         counts = torch.zeros(3)
         total = 0
         drawn = iter(Excerpts([tokens], BAND, 400, 1, seeded(0), drop=drop))
-        for _ in range(20):
+        for _ in range(8):
             excerpt = next(drawn)
             row, places = excerpt.tokens[0].tolist(), excerpt.places.part[0].tolist()
             starts = [i for i, token in enumerate(row) if token == BAND.start and BAND.end in row[i:]]
@@ -96,7 +96,7 @@ def test_what_is_dropped_is_as_often_missing_as_was_asked() -> None:
         torch.testing.assert_close(
             counts / total, torch.full((3,), drop), rtol=0, atol=4 * (drop * (1 - drop) / total) ** 0.5
         )
-        assert total > 500
+        assert total > 200
 
 
 def test_a_short_piece_is_often_met_from_its_start_and_a_long_one_anywhere(chorales: list[Tensor]) -> None:

@@ -68,6 +68,15 @@ def test_of_tempos_at_one_tick_of_the_grid_the_last_counts(tmp_path: Path) -> No
     assert read_midi(path).tempos[0].beats_per_minute == pytest.approx(90, rel=1e-4)
 
 
+def test_a_beat_of_no_length_is_no_tempo(tmp_path: Path) -> None:
+    path = tmp_path / "piece.mid"
+    write_midi(NOTES, path, tempos=[Tempo(24, 60)])
+    content, second = path.read_bytes(), bytes.fromhex("ff51030f4240")  # a million microseconds
+    assert content.count(second) == 1
+    path.write_bytes(content.replace(second, bytes.fromhex("ff5103000000")))
+    assert read_midi(path).tempos == [Tempo(0, pytest.approx(80, rel=1e-4))]
+
+
 def test_a_voice_is_one_only_where_there_are_voices(tmp_path: Path) -> None:
     score = symusic.Score(24)
     track = symusic.Track(name=" Bass ", program=33)
