@@ -27,11 +27,7 @@ class Model:
 
 
 MODELS = (
-    Model(
-        "musenet",
-        "a Sparse Transformer that writes chorales or your own kind of music",
-        "MuseNet 2019; arXiv 1904.10509",
-    ),
+    Model("musenet", "a Sparse Transformer that writes music", "MuseNet 2019; arXiv 1904.10509"),
     Model("bert", "an encoder that tells hidden words", "arXiv 1810.04805"),
     Model("gpt2", "a decoder that goes on with a text", "GPT-2 2019"),
 )
