@@ -20,7 +20,7 @@ def read_melody(path: Path) -> tuple[list[Note], list[int]]:
     Raises:
         ValueError: naming the file, if it can't be read, has no melody, or one that no model has learnt from.
     """
-    notes = read_midi(path)
+    notes = read_midi(path).notes
     line = [note for note in notes if note.instrument == VOICE] or _highest(notes)
     if not line:
         raise ValueError(f"{path}: must have a melody, but has only drums")
