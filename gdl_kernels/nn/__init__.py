@@ -14,6 +14,7 @@ from .orthogonal_norm import OrthogonalNorm, init_orthogonal_, orthogonal_norm
 from .pixel_norm import PixelNorm
 from .sparse_self_attention import SparseSelfAttention
 from .style_epilogue import StyleEpilogue
+from .truncated_normal import TruncatedNormal
 
 __all__ = [
     "AdaIN",
@@ -28,6 +29,7 @@ __all__ = [
     "PixelNorm",
     "SparseSelfAttention",
     "StyleEpilogue",
+    "TruncatedNormal",
     "init_orthogonal_",
     "orthogonal_norm",
     "standing_statistics",
