@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import re
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import torch
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from typer import Option
 
-from .. import report
+from .. import commands, report
 from ..atomic import replacing, writable
 from .tokens import Vocabulary
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-#: All that a generator's state tells apart.
-Seed = Annotated[int, Option(min=0, max=2**63 - 1)]
-
-#: What --resume takes from the command line; all else is the checkpoint's.
-RESUMABLE = {"out", "steps", "save_every", "resume"}
 
 
 def compare(
@@ -40,60 +27,41 @@ def compare(
     stride: Annotated[int, Option(help="l of the fixed pattern: the block.")] = 128,
     summary: Annotated[int, Option(help="c of the fixed pattern: summary columns in a block.")] = 32,
     recompute: Annotated[bool, Option(help="Recompute activations in the backward pass, on both sides.")] = False,
-    dtype: Annotated[str, Option(help=", ".join(DTYPES))] = "float32",
-    device: Annotated[str, Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    backend: Annotated[str, Option(help="What serves our side: auto, cpu, triton.")] = "auto",
-    repetitions: Annotated[int, Option(help="Timed runs of each.")] = 3,
-    seed: Seed = 0,
-    json_path: Annotated[Path | None, Option("--json", help="Also write the figures here.")] = None,
+    dtype: commands.Dtype = "float32",
+    device: commands.Device = "cpu",
+    backend: commands.Backend = "auto",
+    repetitions: commands.Repetitions = 3,
+    seed: commands.Seed = 0,
+    json_path: commands.JsonPath = None,
 ) -> None:
     """Run MuseNet on chorales with our kernels and in plain PyTorch. Exits with 1 if the numbers differ."""
-    from ..compare import check_backend
-    from ..compare import compare as run
     from .comparison import chorale_tokens, problem
     from .model import Config
     from .patterns import Attention
     from .tokens import CHORALES
 
-    console = report.console()
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
-    _check_device(device)
-    check_backend(backend)
+    kind = commands.check_comparison(dtype=dtype, device=device, backend=backend, json_path=json_path)
     config = Config(
         vocabulary=len(CHORALES), context=context, layers=layers, heads=heads, width=width,
         attention=cast(Attention, attention), stride=stride, summary=summary, recompute=recompute,
     )  # fmt: skip
-    if json_path is not None:
-        writable(json_path)
-    tokens = chorale_tokens(context)
-    with console.status("starting") as status:
-        comparison = run(
-            partial(problem, config, tokens, batch, DTYPES[dtype], device, seed),
-            dtype=DTYPES[dtype], device=device, backend=backend, repetitions=repetitions, say=status.update,
-        )  # fmt: skip
-    title = (
-        f"MuseNet: {layers} layers, {heads} heads, width {width}, {report.count(comparison.parameters)} parameters; "
-        f"{attention} attention, {batch} × {context} tokens of chorales, {dtype}"
-    )
-    report.show(comparison, console, title)
-    if json_path is not None:
-        figures = {"model": "musenet", "config": vars(config), "batch": batch, **comparison.as_json()}
-        with replacing(json_path) as temporary:
-            temporary.write_text(json.dumps(figures, indent=2) + "\n")
-        console.print(f"figures in {json_path}", soft_wrap=True)
-    if not comparison.agree:
-        raise typer.Exit(1)
+    commands.compare_and_show(
+        partial(problem, config, chorale_tokens(context), batch, kind, device, seed),
+        f"MuseNet: {layers} layers, {heads} heads, width {width}, {{parameters}}; "
+        f"{attention} attention, {batch} × {context} tokens of chorales, {dtype}",
+        {"model": "musenet", "config": vars(config), "batch": batch},
+        dtype=kind, device=device, backend=backend, repetitions=repetitions, json_path=json_path,
+    )  # fmt: skip
 
 
 def train(
     ctx: typer.Context,
-    out: Annotated[Path, Option(help="Folder for the checkpoint and the logs.")] = Path("runs/musenet"),
-    steps: Annotated[int, Option(help="Steps in all, those before a resumption included.")] = 500,
-    resume: Annotated[bool, Option("--resume", help="Go on with the checkpoint in --out.")] = False,
-    save_every: Annotated[int, Option(help="Steps between checkpoints.")] = 100,
+    out: commands.Out = Path("runs/musenet"),
+    steps: commands.Steps = 500,
+    resume: commands.Resume = False,
+    save_every: commands.SaveEvery = 100,
     preset: Annotated[str, Option(help="tiny, small or musenet.")] = "tiny",
     attention: Annotated[str | None, Option(help="interleaved, merged, per_head or dense.")] = None,
     layers: int | None = None,
@@ -112,33 +80,19 @@ def train(
     evaluate: Annotated[int, Option(help="Steps between measurements on held-out pieces.")] = 50,
     held_out: Annotated[int, Option(help="Excerpts of held-out pieces to measure on.")] = 8,
     transpose: Annotated[bool, Option(help="Play each piece in a random key.")] = True,
-    seed: Seed = 0,
+    seed: commands.Seed = 0,
 ) -> None:
     """Train MuseNet on the Bach chorales, with losses in bits per token."""
-    from torch.utils.tensorboard import SummaryWriter
-
     from .data import chorales
     from .model import preset as shape
     from .tokens import CHORALES
     from .training import Recipe, Training
 
     console = report.console()
-    path = out / "checkpoint.safetensors"
-    if steps < 1 or save_every < 1:
-        raise ValueError(f"steps and save-every must be at least 1, got {steps} and {save_every}")
+    path = commands.checkpoint_path(ctx, out, steps=steps, save_every=save_every, resume=resume)
     if resume:
-        for name in ctx.params:
-            if name not in RESUMABLE and _typed(ctx, name):
-                raise ValueError(f"--{name.replace('_', '-')} can't be given with --resume: {path} decides it")
-        if path.exists():
-            writable(path)
         run = Training.resumed(path, chorales)
-        if steps <= run.step:
-            raise ValueError(f"steps must be more than the {run.step} that {path} has done, got {steps}")
-        console.print(f"Going on after step {run.step} with {path}", soft_wrap=True)
     else:
-        if path.exists():
-            raise ValueError(f"{path}: is there already; --resume goes on with it, another --out leaves it be")
         config = shape(
             preset, len(CHORALES), attention=attention, layers=layers, heads=heads, width=width, context=context,
             stride=stride, summary=summary, dropout=dropout, recompute=recompute,
@@ -147,38 +101,11 @@ def train(
             pieces=pieces, length=config.context if length is None else length, batch=batch, rate=rate, warmup=warmup,
             held_out=held_out, evaluate=evaluate, transpose=transpose, seed=seed,
         )  # fmt: skip
-        writable(path)
         run = Training(config, recipe, CHORALES, chorales(pieces))
     parameters = sum(p.numel() for p in run.model.parameters())
     excerpts = f"{run.recipe.batch} excerpts of {run.recipe.length} tokens a step"
     console.print(f"{report.count(parameters)} parameters, {run.config.attention} attention, {excerpts}")
-    held: float | None = None
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    )  # fmt: skip
-    with (
-        SummaryWriter(str(out), purge_step=run.step + 1) as log,
-        Progress(*columns, console=console) as bar,
-        _asked_to_stop() as stop,
-    ):
-        task = bar.add_task("training", total=steps, completed=run.step)
-        for done in run.run(steps):
-            log.add_scalar("bits per token/training", done.loss, done.step)
-            log.add_scalar("learning rate", done.rate, done.step)
-            if done.held_out is not None:
-                held = done.held_out
-                log.add_scalar("bits per token/held out", held, done.step)
-                bar.console.print(f"step {done.step}: {done.loss:.3f} bits per token, held out {held:.3f}")
-            shown = "" if held is None else f", held out {held:.3f}"
-            bar.update(task, completed=done.step, description=f"{done.loss:.3f} bits per token{shown}")
-            if done.step % save_every == 0 or done.step >= steps or stop:
-                run.save(path)
-            if stop:
-                break
-    if stop and run.step < steps:
-        console.print(f"Stopped after step {run.step}; --resume goes on from there.")
-        raise typer.Exit(130)
-    console.print(f"{run.step} steps done. Checkpoint in {path}; logs: tensorboard --logdir {out}", soft_wrap=True)
+    commands.follow(run, path, steps=steps, save_every=save_every, console=console)
 
 
 def sample(
@@ -192,7 +119,7 @@ def sample(
     temperature: Annotated[float, Option(help="Below 1 plays safe, above takes risks; 0 is the likeliest.")] = 0.95,
     top_k: Annotated[int | None, Option(help="Draw from the k likeliest tokens only.")] = 32,
     tempo: Annotated[float, Option(help="Quarter notes a minute, 4 to 1000.")] = 80.0,
-    seed: Seed = 0,
+    seed: commands.Seed = 0,
 ) -> None:
     """Let MuseNet write a piece: a MIDI file to listen to and a piano roll to look at."""
     from .midi import FASTEST, SLOWEST, write_midi
@@ -265,36 +192,3 @@ def _opening(path: Path, vocabulary: Vocabulary, context: int) -> list[int]:
     if len(tokens) >= context:
         raise ValueError(f"{path}: must have fewer tokens than the context, {context}, but has {len(tokens)}")
     return tokens
-
-
-def _typed(ctx: typer.Context, name: str) -> bool:
-    """Whether an option was typed, and is not a default."""
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
-
-
-def _check_device(device: str) -> None:
-    """Raise a ValueError if ``device`` is not a CPU or GPU that torch can compute on."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"device must be cpu, cuda or cuda:N, got {device!r}")
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device must be one that this machine has, got {device!r}: {error}") from error
-
-
-@contextmanager
-def _asked_to_stop() -> Iterator[list[Any]]:
-    """A list that is empty until Ctrl-C, so that a step is never left half done; a second Ctrl-C is as always."""
-    asked: list[Any] = []
-    usual = signal.getsignal(signal.SIGINT)
-
-    def ask(number: int, frame: Any) -> None:
-        asked.append(number)
-        signal.signal(signal.SIGINT, usual)
-
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, usual)

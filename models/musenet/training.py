@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .. import checkpoint
+from ..training import Progress, check_finite
 from .data import Excerpts, Piece, stream, windows
 from .model import Config, MuseNet, bits_per_token
 from .tokens import Vocabulary
@@ -59,16 +60,6 @@ class Recipe:
         return self.rate * min((step + 1) / self.warmup, math.sqrt(self.warmup / (step + 1)))
 
 
-@dataclass(frozen=True)
-class Progress:
-    """A step that is done. Losses in bits per token; ``held_out`` only where it was measured."""
-
-    step: int
-    loss: float
-    rate: float
-    held_out: float | None
-
-
 class Training:
     """A run: model, optimiser and randomness, all of which a checkpoint keeps."""
 
@@ -99,6 +90,7 @@ class Training:
         )
         self.held_out = windows(stream(held_out, vocabulary), recipe.length, recipe.held_out)
         self.step = 0
+        self.last_held_out: float | None = None
 
     @classmethod
     def resumed(cls, path: Path, pieces: Any) -> Training:
@@ -143,24 +135,26 @@ class Training:
                 group["lr"] = rate
             self.optimizer.zero_grad()
             loss = bits_per_token(self.model, next(self.excerpts))
-            self._check_finite("loss", loss.item())
+            check_finite("loss", loss.item(), self.step)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
-            self._check_finite("norm of the gradients", norm.item())
+            check_finite("norm of the gradients", norm.item(), self.step)
             self.optimizer.step()
             self.step += 1
             held_out = None
             if self.step % self.recipe.evaluate == 0 or self.step == steps:
                 held_out = self.evaluate()
-                self._check_finite("held-out loss", held_out)
-            yield Progress(self.step, loss.item(), rate, held_out)
+                check_finite("held-out loss", held_out, self.step)
+            yield self._progress(loss.item(), rate, held_out)
 
-    def _check_finite(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise ValueError(
-                f"training has diverged: the {what} is {value} after {self.step} steps; "
-                "the last checkpoint is as it was; try a lower rate"
-            )
+    def _progress(self, loss: float, rate: float, held_out: float | None) -> Progress:
+        scalars = {"bits per token/training": loss, "learning rate": rate}
+        said = None
+        if held_out is not None:
+            self.last_held_out = scalars["bits per token/held out"] = held_out
+            said = f"step {self.step}: {loss:.3f} bits per token, held out {held_out:.3f}"
+        shown = "" if self.last_held_out is None else f", held out {self.last_held_out:.3f}"
+        return Progress(self.step, scalars, f"{loss:.3f} bits per token{shown}", said)
 
     @torch.no_grad()
     def evaluate(self) -> float:
