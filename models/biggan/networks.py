@@ -27,11 +27,15 @@ class Generator(nn.Module):
     Shapes: noise ``(N, z_dim)`` and classes ``(N,)``, or embedded classes ``(N, embedding_dim)``, as they are between
     two classes, to ``(N, image_channels, resolution, resolution)``.
 
+    Args:
+        config: what it is.
+        spectral_norm: False is for weights that are normalised already: they stay as torch makes them.
+
     Raises:
         ValueError: when called, if noise is of another shape, or on the CPU a class is out of range.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, spectral_norm: bool = True) -> None:
         super().__init__()
         self.config = config
         sizes, channels = config.sizes, config.channels
@@ -48,8 +52,9 @@ class Generator(nn.Module):
             self.attended = [size for _, size in blocks].index(config.attention)
         self.norm = BatchNorm2d(channels[-1], eps=config.eps)
         self.to_image = nn.Conv2d(channels[-1], config.image_channels, 3, padding=1)
-        gdl_kernels.init_orthogonal_(self)
-        gdl_kernels.spectral_norm_all(self, skip=[self.shared])
+        if spectral_norm:
+            gdl_kernels.init_orthogonal_(self)
+            gdl_kernels.spectral_norm_all(self, skip=[self.shared])
 
     def forward(self, z: Tensor, classes: Tensor) -> Tensor:
         if z.dim() != 2 or z.shape[1] != self.config.z_dim:
