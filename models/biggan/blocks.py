@@ -15,9 +15,7 @@ from torch.nn import functional as F
 from gdl_kernels.nn import ConditionalBatchNorm2d
 
 from .conditioning import Affine
-
-#: Channels of a bottleneck block over those between its 1x1 convolutions.
-REDUCTION = 4
+from .config import REDUCTION
 
 
 def upsampled(x: Tensor) -> Tensor:

@@ -28,18 +28,6 @@ def affines(norms: Sequence[ConditionalBatchNorm2d], condition: Tensor) -> list[
     return [(1 + gain, bias) for gain, bias in zip(found[::2], found[1::2])]
 
 
-def check_classes(classes: Tensor, count: int) -> None:
-    """Refuse classes that there are not. A GPU is not waited for: there, the embedding itself refuses them.
-
-    Raises:
-        ValueError: if a class is not from 0 to ``count - 1``.
-    """
-    if classes.device.type == "cpu" and classes.numel():
-        least, most = (int(end) for end in classes.aminmax())
-        if least < 0 or most >= count:
-            raise ValueError(f"classes must be from 0 to {count - 1}, got {least if least < 0 else most}")
-
-
 class BatchNorm2d(nn.BatchNorm2d):
     """torch's batch norm on our kernel: gain and bias are the same for each sample.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from gdl_kernels.nn import ConditionalBatchNorm2d
 
 from .conditioning import BatchNorm2d
-from .config import BOTTOM, Config
+from .config import BASE, MULTIPLES, BigganConfig
 from .networks import Generator
 
 #: What its config has; the weights do not tell.
@@ -58,7 +59,7 @@ class PretrainedGenerator(nn.Module):
             raise ValueError(f"state must be a generator's of pytorch-pretrained-biggan: {error}") from error
         self.register_buffer("statistics", statistics)
 
-    def forward(self, z: Tensor, classes: Tensor, truncation: float) -> Tensor:
+    def forward(self, latents: Tensor, classes: Tensor, truncation: float) -> Tensor:
         if not 0 < truncation <= 1:
             raise ValueError(f"truncation must be above 0 and at most 1, got {truncation}")
         # With the package's rounding, which decides what is a place of its own: 0.58 is not.
@@ -66,21 +67,23 @@ class PretrainedGenerator(nn.Module):
         found = self.statistics[:, int(place)]
         if fraction:
             found = fraction * found + (1 - fraction) * self.statistics[:, int(place) + 1]
-        norms = [m for m in self.generator.modules() if isinstance(m, (ConditionalBatchNorm2d, BatchNorm2d))]
+        # Any: what these two have in common has no name.
+        kinds = (ConditionalBatchNorm2d, BatchNorm2d)
+        norms: list[Any] = [module for module in self.generator.modules() if isinstance(module, kinds)]
         for norm, (mean, var) in zip(norms, found.split([norm.num_features for norm in norms], -1)):
             norm.running_mean.copy_(mean)
             norm.running_var.copy_(var)
-        return self.generator(z, classes)
+        return self.generator(latents, classes)
 
 
-def _config(state: Mapping[str, Tensor], eps: float) -> Config:
-    z_dim, classes = state["embeddings.weight"].shape
+def _config(state: Mapping[str, Tensor], eps: float) -> BigganConfig:
+    latent, classes = state["embeddings.weight"].shape
     blocks, attention = _layers(state)
     outputs, _ = state["generator.gen_z.weight_orig"].shape
-    size = BOTTOM * 2 ** (blocks.index(attention + 1) // 2)  # two blocks at each size
-    return Config(
-        resolution=BOTTOM * 2 ** (len(blocks) // 2), width=outputs // BOTTOM**2 // 16, classes=classes, z_dim=z_dim,
-        embedding_dim=z_dim, attention=size, deep=True, eps=eps,
+    size = BASE * 2 ** (blocks.index(attention + 1) // 2)  # two blocks at each size
+    return BigganConfig(
+        size=BASE * 2 ** (len(blocks) // 2), width=outputs // BASE**2 // MULTIPLES[128][0], classes=classes,
+        latent=latent, embedding=latent, attention_at=size, deep=True, eps=eps,
     )  # fmt: skip
 
 
@@ -118,7 +121,7 @@ def _converted(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     weights["shared.weight"] = weights["shared.weight"].T.contiguous()
     for part in ("weight", "bias"):
         linear = weights[f"linear.{part}"]  # its outputs are (pixels, channels) there, (channels, pixels) here
-        weights[f"linear.{part}"] = linear.unflatten(0, (BOTTOM**2, -1)).transpose(0, 1).flatten(0, 1)
+        weights[f"linear.{part}"] = linear.unflatten(0, (BASE**2, -1)).transpose(0, 1).flatten(0, 1)
         # It has an output for each of its channels, and uses three.
         weights[f"to_image.{part}"] = weights[f"to_image.{part}"][:3].clone()
     return weights

@@ -42,36 +42,36 @@ def peer(resolution: int, width: int = 4) -> Any:
                 tensor.uniform_(0.5, 2)
             elif name.endswith(("running_means", "bias", "gamma", "generator.bn.weight")):
                 tensor.normal_()
-    return model.eval()
+    return model.double().eval()
 
 
 def images(model: nn.Module, z: Tensor, classes: Tensor, truncation: float) -> Tensor:
     with torch.no_grad():
-        return model(z, nn.functional.one_hot(classes, 5).float(), truncation)
+        return model(z, nn.functional.one_hot(classes, 5).double(), truncation)
 
 
 @pytest.mark.parametrize("resolution", LAYERS)
 def test_weights_give_the_packages_images(resolution: int) -> None:
     theirs = peer(resolution)
     ours = PretrainedGenerator(theirs.state_dict())
-    assert (ours.generator.config.resolution, ours.generator.config.attention) == (resolution, 64)
-    z, classes = torch.randn(2, 6), torch.tensor([4, 1])
+    assert (ours.generator.config.size, ours.generator.config.attention_at) == (resolution, 64)
+    z, classes = torch.randn(2, 6, dtype=torch.float64), torch.tensor([4, 1])
     with torch.no_grad():
         drawn = ours(z, classes, 0.4)
     assert drawn.shape == (2, 3, resolution, resolution)
-    torch.testing.assert_close(drawn, images(theirs, z, classes, 0.4), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(drawn, images(theirs, z, classes, 0.4), rtol=1e-9, atol=1e-9)
 
 
 def test_statistics_are_those_of_the_truncation() -> None:
     """At a place of the table, between two, where the package's rounding puts 0.58 between two, and at the end."""
     theirs = peer(128)
     ours = PretrainedGenerator(theirs.state_dict())
-    z, classes = torch.randn(1, 6), torch.tensor([0])
+    z, classes = torch.randn(1, 6, dtype=torch.float64), torch.tensor([0])
     drawn = {}
     for truncation in (0.5, 0.411, 0.58, 1.0, 0.005):
         with torch.no_grad():
             drawn[truncation] = ours(z, classes, truncation)
-        torch.testing.assert_close(drawn[truncation], images(theirs, z, classes, truncation), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(drawn[truncation], images(theirs, z, classes, truncation), rtol=1e-9, atol=1e-9)
     assert (drawn[0.5] - drawn[0.411]).abs().max() > 0.01
 
 
@@ -89,6 +89,6 @@ def test_what_is_not_such_a_generator_is_refused() -> None:
     ours = PretrainedGenerator(state)
     for truncation in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match=f"truncation must be above 0 and at most 1, got {truncation}"):
-            ours(torch.randn(1, 6), torch.tensor([0]), truncation)
-    with pytest.raises(ValueError, match="classes must be from 0 to 4, got 5"):
-        ours(torch.randn(1, 6), torch.tensor([5]), 0.5)
+            ours(torch.randn(1, 6, dtype=torch.float64), torch.tensor([0]), truncation)
+    with pytest.raises(ValueError, match="labels must be from 0 to 4, got 5"):
+        ours(torch.randn(1, 6, dtype=torch.float64), torch.tensor([5]), 0.5)
