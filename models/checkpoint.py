@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +91,20 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    *,
+    unused: Collection[str] = (),
 ) -> None:
     """Give a new optimiser the state of :func:`optimizer_tensors`.
 
+    Args:
+        unused: parameters that had no state, for they had no gradient yet.
+
     Raises:
-        ValueError: naming the file, if a parameter of the model has no state there.
+        ValueError: naming the file, if another parameter of the model has no state there.
     """
     names = [name for name, _ in model.named_parameters()]
     states: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(names))}
@@ -105,6 +113,6 @@ def load_optimizer(
         parameter, _, key = name.rpartition(".")
         if parameter in index_of:
             states[index_of[parameter]][key] = tensor
-    if empty := [name for name in names if not states[index_of[name]]]:
+    if empty := [name for name in names if not states[index_of[name]] and name not in unused]:
         raise ValueError(f"{path}: the optimiser's state is missing for {', '.join(empty[:3])}")
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})

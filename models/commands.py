@@ -161,6 +161,7 @@ def compare_and_show(
     backend: str,
     repetitions: int,
     json_path: Path | None,
+    kinks: bool = False,
 ) -> None:
     """Run a model on our kernels and in plain PyTorch, and print how they compare. Exits with 1 if the numbers differ.
 
@@ -172,8 +173,9 @@ def compare_and_show(
     console = report.console()
     with console.status("starting") as status:
         comparison = compare.compare(
-            build, dtype=dtype, device=device, backend=backend, repetitions=repetitions, say=status.update
-        )
+            build, dtype=dtype, device=device, backend=backend, repetitions=repetitions, kinks=kinks,
+            say=status.update,
+        )  # fmt: skip
     report.show(comparison, console, title.format(parameters=f"{report.count(comparison.parameters)} parameters"))
     if json_path is not None:
         with replacing(json_path) as temporary:

@@ -26,4 +26,7 @@ class Model:
         return getattr(import_module(f"models.{self.name}.cli"), name, None)
 
 
-MODELS = (Model("musenet", "a Sparse Transformer that writes Bach chorales", "MuseNet 2019; arXiv 1904.10509"),)
+MODELS = (
+    Model("musenet", "a Sparse Transformer that writes Bach chorales", "MuseNet 2019; arXiv 1904.10509"),
+    Model("sagan", "a GAN with self-attention and spectral norm", "arXiv 1805.08318"),
+)

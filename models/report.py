@@ -5,12 +5,12 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from .compare import PHASES, TOLERANCES, Comparison, Measurement, processor
+from .compare import PHASES, Comparison, Measurement, processor
 
 
 def show(comparison: Comparison, console: Console, title: str) -> None:
     """Print whether both sides agree, what each took, and who served."""
-    output, gradient = TOLERANCES[comparison.dtype]
+    output, gradient = comparison.tolerances
     served = " and ".join(f"{op} on {chosen!r}" for op, chosen in comparison.chosen.items())
     agreement = Table(title=f"{title}\nOurs ({served}) against plain PyTorch", title_justify="left")
     for column in ("", "relative error", "allowed", ""):

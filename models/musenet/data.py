@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import multiprocessing
-import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +18,7 @@ from rich.progress import track
 from torch import Tensor
 
 from ..atomic import replacing, writable
+from ..cache import cache_directory
 from .midi import VOICES
 from .tokens import TICKS_PER_BEAT, Note, Vocabulary
 
@@ -36,12 +36,6 @@ class Piece:
     name: str
     notes: tuple[Note, ...]
     held_out: bool
-
-
-def cache_directory() -> Path:
-    """Where parsed pieces are kept: ``GDL_KERNELS_CACHE``, or ``.cache`` in the checkout."""
-    given = os.environ.get("GDL_KERNELS_CACHE")
-    return Path(given) if given else Path(__file__).parents[2] / ".cache"
 
 
 def chorales(limit: int | None = None, *, processes: int = 2) -> list[Piece]:

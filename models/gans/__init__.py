@@ -1,0 +1,1 @@
+"""What the GANs share: data, losses, the adversarial loop, scores, pictures, and their commands."""
