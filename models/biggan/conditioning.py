@@ -47,10 +47,3 @@ class BatchNorm2d(nn.BatchNorm2d):
             x, gain, bias, self.running_mean, self.running_var, training=self.training, momentum=momentum,
             eps=self.eps, process_group=self.process_group,
         )  # fmt: skip
-
-
-def synchronize(root: nn.Module, process_group: Any) -> None:
-    """Let every batch norm below ``root`` take its statistics over all ranks of a group; None is this process alone."""
-    for module in root.modules():
-        if isinstance(module, (ConditionalBatchNorm2d, BatchNorm2d)):
-            module.process_group = process_group

@@ -37,14 +37,16 @@ from ..commands import (
 )  # fmt: skip
 from .data import open_images
 from .model import Config, Gan
+from .ranks import joined
 from .training import Recipe, Training, load_model
 
 Command = Callable[..., None]
 SettingsT = TypeVar("SettingsT", Config, Recipe)
 
 
-def train_command(gan: type[Gan], config: Config, *, steps: int) -> Command:
-    """``train``: ``config`` and ``gan.recipe`` are the defaults of its options, ``steps`` that of ``--steps``."""
+def train_command(gan: type[Gan], config: Config, *, steps: int, recipe: Recipe | None = None) -> Command:
+    """``train``: ``config``, ``recipe`` and ``steps`` are the defaults of its options; that of recipe is the GAN's."""
+    usual = gan.recipe if recipe is None else recipe
 
     def train(
         ctx: typer.Context,
@@ -59,19 +61,24 @@ def train_command(gan: type[Gan], config: Config, *, steps: int) -> Command:
         check_device(device)
         resumable = {*RESUMABLE, "device"}
         path = checkpoint_path(ctx, out, steps=steps, save_every=save_every, resume=resume, resumable=resumable)
-        if resume:
-            run = Training.resumed(gan, path, device)
-        else:
-            recipe = chosen(gan.recipe, settings)
-            shape = fitted(chosen(config, settings), recipe)
-            run = Training.begun(gan, shape, recipe, device)
-        counts = [report.count(sum(p.numel() for p in network.parameters())) for network in run.networks.values()]
-        known = f"{run.gan.config.classes} classes" if run.gan.config.classes else "no classes"
-        console.print(f"{gan.title}: generator {counts[0]} parameters, discriminator {counts[1]}, {known}")
-        follow(run, path, steps=steps, save_every=save_every, console=console)
+        with joined(device) as device:
+            if resume:
+                run = Training.resumed(gan, path, device)
+            else:
+                recipe = chosen(usual, settings)
+                shape = fitted(chosen(config, settings), recipe)
+                run = Training.begun(gan, shape, recipe, device)
+            if run.ranks.rank:
+                for _ in run.run(steps):  # the first rank tells of it and saves it
+                    pass
+                return
+            counts = [report.count(sum(p.numel() for p in network.parameters())) for network in run.networks.values()]
+            known = f"{run.gan.config.classes} classes" if run.gan.config.classes else "no classes"
+            console.print(f"{gan.title}: generator {counts[0]} parameters, discriminator {counts[1]}, {known}")
+            follow(run, path, steps=steps, save_every=save_every, console=console)
 
     doc = f"Train {gan.title} on digits, a folder of images or LSUN, with losses and images a second."
-    return _with_options(train, doc, config, gan.recipe)
+    return _with_options(train, doc, config, usual)
 
 
 def sample_command(gan: type[Gan]) -> Command:
