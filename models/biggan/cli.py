@@ -14,4 +14,4 @@ QUICK = replace(Biggan.recipe, generator_rate=5e-4, discriminator_rate=5e-4, ema
 
 train = train_command(Biggan, DIGITS, steps=600, recipe=QUICK)
 sample = sample_command(Biggan)
-compare = compare_command(Biggan, BigganConfig(size=64, latent=100, width=16, attention_at=32), batch=8)
+compare = compare_command(Biggan, BigganConfig(width=16), batch=4)
