@@ -13,8 +13,11 @@ from .data import Batches, Digits, resized
 KIND = "gdl_kernels.digits_classifier.1"
 
 SEED = 0
-STEPS = 250
+STEPS = 400
 BATCH = 64
+
+#: What a kept classifier must have been trained with.
+TRAINED = {"seed": SEED, "steps": STEPS, "batch": BATCH}
 
 
 class Classifier(nn.Module):
@@ -51,12 +54,14 @@ def digits_classifier() -> Classifier:
     path = cache_directory() / "digits-classifier.safetensors"
     with torch.random.fork_rng(devices=[]):  # whoever asks draws the same numbers before and after
         try:
-            tensors, _ = checkpoint.load(path, KIND)
+            tensors, about = checkpoint.load(path, KIND)
+            if about != TRAINED:
+                raise ValueError(f"{path}: must have been trained with {TRAINED}, but was with {about}")
             classifier = Classifier()
             checkpoint.load_weights(path, classifier, tensors)
         except ValueError:  # not there, damaged, or of another version: train it again
             classifier = trained()
-            checkpoint.save(path, KIND, classifier.state_dict(), {"steps": STEPS, "seed": SEED})
+            checkpoint.save(path, KIND, classifier.state_dict(), TRAINED)
     return classifier.eval().requires_grad_(False)
 
 

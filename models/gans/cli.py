@@ -45,8 +45,8 @@ SettingsT = TypeVar("SettingsT", Config, Recipe)
 
 
 def train_command(gan: type[Gan], config: Config, *, steps: int, recipe: Recipe | None = None) -> Command:
-    """``train``: ``config``, ``recipe`` and ``steps`` are the defaults of its options; that of recipe is the GAN's."""
-    usual = gan.recipe if recipe is None else recipe
+    """``train``: ``config`` and ``recipe``, or ``gan.recipe``, are the defaults of its options."""
+    defaults = gan.recipe if recipe is None else recipe
 
     def train(
         ctx: typer.Context,
@@ -65,20 +65,20 @@ def train_command(gan: type[Gan], config: Config, *, steps: int, recipe: Recipe 
             if resume:
                 run = Training.resumed(gan, path, device)
             else:
-                recipe = chosen(usual, settings)
-                shape = fitted(chosen(config, settings), recipe)
-                run = Training.begun(gan, shape, recipe, device)
+                asked = chosen(defaults, settings)
+                run = Training.begun(gan, fitted(chosen(config, settings), asked), asked, device)
             if run.ranks.rank:
                 for _ in run.run(steps):  # the first rank tells of it and saves it
                     pass
                 return
+            run.pictures = out / "samples"
             counts = [report.count(sum(p.numel() for p in network.parameters())) for network in run.networks.values()]
             known = f"{run.gan.config.classes} classes" if run.gan.config.classes else "no classes"
             console.print(f"{gan.title}: generator {counts[0]} parameters, discriminator {counts[1]}, {known}")
             follow(run, path, steps=steps, save_every=save_every, console=console)
 
     doc = f"Train {gan.title} on digits, a folder of images or LSUN, with losses and images a second."
-    return _with_options(train, doc, config, usual)
+    return _with_options(train, doc, config, defaults)
 
 
 def sample_command(gan: type[Gan]) -> Command:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -205,6 +205,8 @@ def decoded(data: bytes, size: int, channels: int) -> Tensor:
         with Image.open(io.BytesIO(data)) as file:
             file.load()
             image = ImageOps.exif_transpose(file)
+    except UnidentifiedImageError as error:
+        raise BrokenImage("can't be decoded (no kind of image that is known)") from error
     except Exception as error:  # decoders raise whatever they come across
         raise BrokenImage(f"can't be decoded ({error})") from error
     if image.mode not in MODES:

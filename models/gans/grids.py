@@ -34,12 +34,15 @@ def tiled(images: Tensor, columns: int) -> Tensor:
 
 
 def write_grid(path: Path, images: Tensor, columns: int) -> None:
-    """A PNG of images, ``columns`` to a row. ``path`` is the old file or the whole new one."""
-    pixels = tiled(images, columns)
+    """A PNG of images, ``columns`` to a row, enlarged to be legible. ``path`` is the old file or the whole new one."""
+    write_pixels(path, tiled(images, columns), max(1, LEGIBLE // images.shape[-1]))
+
+
+def write_pixels(path: Path, pixels: Tensor, factor: int) -> None:
+    """A PNG of uint8 ``(1 or 3, H, W)``, each pixel a square of ``factor``."""
     channels, height, width = pixels.shape
     data = pixels.permute(1, 2, 0).contiguous().numpy().tobytes()
     picture = Image.frombytes("L" if channels == 1 else "RGB", (width, height), data)
-    factor = max(1, LEGIBLE // images.shape[-1])
     with replacing(path) as temporary:
         picture.resize((width * factor, height * factor), Image.Resampling.NEAREST).save(temporary, "PNG")
 

@@ -26,7 +26,7 @@ from .. import checkpoint
 from ..training import Progress, check_finite
 from .data import Batch, Batches, open_images
 from .frechet import DigitsJudge, Scores
-from .grids import tiled
+from .grids import LEGIBLE, tiled, write_pixels
 from .losses import Terms
 from .model import Config, Gan, Stage
 from .pictures import drawn, ordered, samples_shape
@@ -101,6 +101,10 @@ class Training:
         recipe: see there.
         device: where.
 
+    Attributes:
+        pictures: a folder for a PNG of each grid, which have the same latents all along; None for no pictures.
+        untrained: the scores before the first step, if there are any.
+
     Raises:
         ValueError: if the data has other channels or classes than the model, ``precision`` is none of the device's, or
             several processes can't share a batch.
@@ -118,6 +122,7 @@ class Training:
         self.ranks.synchronize(gan)  # not the smoothed generator: each rank samples for itself
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "float16")
         self.step = self.shown = 0
+        self.pictures: Path | None = None
         self.untrained: Scores | None = None
         self.optimizers = self._new_optimizers()
         gan.stage = gan.stage_at(0, recipe)
@@ -214,7 +219,11 @@ class Training:
             losses = ", ".join(f"{name} {scalars[f'loss/{name}']:.3f}" for name in self.networks)
             images = {}
             if self.step % self.recipe.evaluate == 0 or self.step == steps:
-                images["samples"] = self.grid()
+                pixels = self.grid()
+                images["samples"] = (pixels.float() / 255).expand(3, -1, -1)
+                if self.pictures is not None:
+                    factor = max(1, LEGIBLE // self.gan.stage.resolution)
+                    write_pixels(self.pictures / f"{self.step:07}.png", pixels, factor)
                 if self._judge is not None:
                     scores = self._scored(self._judge)
                     scalars |= scores.scalars()
@@ -319,12 +328,11 @@ class Training:
         )  # fmt: skip
 
     def grid(self) -> Tensor:
-        """Samples of the smoothed generator from the same latents every time: ``(3, H, W)`` in 0 to 1."""
+        """Samples of the smoothed generator from the same latents every time: uint8 ``(C, H, W)``."""
         with self._sampling() as random:
             count, columns = samples_shape(self.gan.config.classes)
             latents, labels = self.gan.latents(count, generator=random), ordered(count, self.gan.config.classes)
-            pixels = tiled(drawn(self.gan, self.ema.module, latents, labels), columns)
-        return (pixels.float() / 255).expand(3, -1, -1)
+            return tiled(drawn(self.gan, self.ema.module, latents, labels), columns)
 
     def _scored(self, judge: DigitsJudge) -> Scores:
         with self._sampling() as random:
@@ -381,5 +389,5 @@ def load_model(gan: type[Gan], path: Path, device: str = "cpu") -> Gan:
     try:
         model.stage = Stage(**about["stage"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: its description is damaged ({error})") from error
+        raise ValueError(f"{path}: its stage is damaged ({error})") from error
     return model.to(device).requires_grad_(False).eval()
