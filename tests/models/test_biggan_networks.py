@@ -196,6 +196,24 @@ def test_gains_and_biases_take_few_products(
     assert sum(rows for rows, _ in calls) == sum(2 * norm.num_features for norm in norms)
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_the_last_batch_norm_is_torchs(momentum: float | None) -> None:
+    ours, theirs = conditioning.BatchNorm2d(3, momentum=momentum), nn.BatchNorm2d(3, momentum=momentum)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.normal_()
+    theirs.load_state_dict(ours.state_dict())
+    for training in (True, True, False):
+        x = 2 * torch.randn(4, 3, 5, 5) + 1
+        results = [norm.train(training)(x) for norm in (ours, theirs)]
+        torch.testing.assert_close(*results)
+        for result in results:
+            result.square().sum().backward()
+        torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
+    for one, other in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_a_class_may_be_given_embedded() -> None:
     generator = Generator(SMALL).eval()
     latents, classes = torch.randn(2, 6), torch.tensor([2, 3])

@@ -117,17 +117,15 @@ def test_what_can_not_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         Training.begun(Biggan, CONFIG, RECIPE)
 
 
-def test_torchrun_trains_and_resumes(tmp_path: Path) -> None:
+def test_torchrun_trains(tmp_path: Path) -> None:
+    """The first rank alone tells of the run and saves it; one process may go on with it."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "models", "train",
-        "biggan", "--out", str(tmp_path),
+        "biggan", "--out", str(tmp_path), "--steps", "1", "--width", "1", "--latent", "6", "--embedding", "3",
+        "--batch", "4", "--scored", "10", "--evaluate", "9",
     ]  # fmt: skip
-    shape = ["--width", "1", "--latent", "6", "--embedding", "3", "--batch", "4", "--scored", "10", "--evaluate", "9"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    for steps, options in ((1, shape), (2, ["--resume"])):
-        result = subprocess.run(
-            [*command, "--steps", str(steps), *options], env=environment, capture_output=True, text=True, timeout=300
-        )
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.count(f"{steps} steps done.") == 1
-    assert Training.resumed(Biggan, tmp_path / "checkpoint.safetensors").step == 2
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("1 steps done.") == 1
+    assert Training.resumed(Biggan, tmp_path / "checkpoint.safetensors").step == 1
