@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -136,8 +137,8 @@ class Discriminator(nn.Module):
         return self.linear(features).squeeze(1) + (self.projection(classes) * features).sum(1)
 
 
-def _norms(block: nn.Module) -> list[ConditionalBatchNorm2d]:
-    return [module for module in block.modules() if isinstance(module, ConditionalBatchNorm2d)]
+def _norms(block: Any) -> list[ConditionalBatchNorm2d]:
+    return [layer.norm for layer in block.layers]
 
 
 def _generator_blocks(config: BigganConfig) -> Iterator[tuple[nn.Module, int]]:

@@ -10,11 +10,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import gdl_kernels
 from models import checkpoint
 from models.__main__ import application
 from models.biggan.config import BigganConfig
 from models.biggan.model import Biggan
+from models.compare import TOLERANCES, errors
 from models.gans import model as gan_model
+from models.gans.comparison import problem, real_images
 from models.gans.data import Batch
 from models.gans.training import Recipe, Training, load_model
 from models.training import Progress
@@ -85,6 +88,30 @@ def test_statistics_to_sample_with_are_of_the_truncation() -> None:
             images.append(gan.generate(gan.generator, latents, labels))
     assert torch.equal(images[1], images[2])
     assert (images[0] - images[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_our_kernels_take_the_same_step_as_plain_pytorch(deep: bool) -> None:
+    """Images, scores, and the gradients of both losses and the penalty, where attention has a say."""
+    config = replace(TINY, deep=deep, penalty=0.1)
+    real = real_images("digits", config, 6, grey=False, conditional=True, seed=0)
+    found = []
+    for backend in ("cpu", "reference"):
+        with gdl_kernels.backend(backend):
+            step = problem(Biggan, config, real, torch.float64, "cpu", 0)
+            with torch.no_grad():
+                for name, parameter in step.model.named_parameters():
+                    if name.endswith("gamma"):
+                        parameter.fill_(1.0)
+            output = step.forward().detach()
+            step.loss().backward()
+            assert {dict(e.verdicts)[backend] for e in step.explain()} == {"chosen"}
+        gradients = {name: p.grad for name, p in step.model.named_parameters() if p.grad is not None}
+        assert len(gradients) == len(list(step.model.parameters()))
+        found.append({"output": output, **gradients})
+    output_error, gradient_error, worst = errors(*found)
+    allowed = TOLERANCES[torch.float64]
+    assert (output_error <= allowed[0], gradient_error <= allowed[1]) == (True, True), worst
 
 
 def scalars(done: list[Progress]) -> list[dict[str, float]]:
