@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -12,9 +14,13 @@ import gdl_kernels
 from ..gans.data import Batch
 from ..gans.losses import Hinge, Terms
 from ..gans.model import Gan
+from ..gans.pictures import Picture, truncation_sweep
 from ..gans.training import Recipe
 from .config import BigganConfig
 from .networks import Discriminator, Generator
+
+#: Of the picture of truncations: those of the paper's second figure.
+THRESHOLDS = (0.04, 0.5, 1.0, 2.0)
 
 
 class Biggan(Gan):
@@ -45,6 +51,10 @@ class Biggan(Gan):
         if truncation is None:
             return super().latents(count, generator=generator)
         return gdl_kernels.truncated_normal((count, self.config.latent), truncation, generator=generator)
+
+    @classmethod
+    def pictures(cls) -> Mapping[str, Picture]:
+        return {**super().pictures(), "truncation": partial(truncation_sweep, truncations=THRESHOLDS)}
 
     def generator_terms(self, fake: Batch) -> Terms:
         if not self.config.penalty:
