@@ -12,12 +12,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from . import ops, record
+from . import diff, ops, record
 from .cases import OpBenchmark
 from .machine import machine
 from .results import Bar, Result
 from .runner import run
-from .tables import bars_table, result_table
+from .tables import bars_table, changes_table, result_table
 from .timing import FULL, QUICK
 
 app = typer.Typer(add_completion=False)
@@ -44,8 +44,9 @@ def _chosen_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
 def main(
+    ctx: typer.Context,
     op: Annotated[list[str] | None, typer.Option(help="An op; may be given again. All ops by default.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer cases and rounds: two minutes on two cores.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. A GPU by default, where there is one.")] = None,
@@ -58,10 +59,10 @@ def main(
 
     A contestant whose output is wrong has no time, and the exit status is then 1.
     """
+    if ctx.invoked_subcommand is not None:
+        return
     chosen, on = _chosen_ops(op or []), _chosen_device(device)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)  # a log: not the 80 columns of an unknown terminal
+    console = _console()
     console.print(", ".join(f"{name} {value}" for name, value in machine(on).items() if value is not None))
     plan = QUICK if quick else FULL
     results: list[Result] = []
@@ -86,6 +87,50 @@ def main(
     if wrong:
         console.print(f"[red]Wrong outputs: {escape('; '.join(wrong))}")
         raise typer.Exit(1)
+
+
+@app.command("diff")
+def show_difference(before: Path, after: Path) -> None:
+    """Show what changed beyond noise between two runs that --json wrote.
+
+    Runs of one machine are compared by their times, runs of two by each row's share of its own machine's ceiling.
+    """
+    try:
+        runs = diff.read(before), diff.read(after)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    console = _console()
+    for path, run_ in zip((before, after), runs):
+        on = run_["machine"]["gpu"] or run_["machine"]["cpu"]
+        console.print(f"{path}: commit {str(run_['commit'])[:9]}, {run_['date'][:10]}, {on}", soft_wrap=True)
+    if not diff.same_machine(*runs):
+        console.print("Two machines: shares of each one's own ceiling are compared, not times.")
+    rows = diff.compared_rows(*runs)
+    if not rows:
+        raise typer.BadParameter(f"{before} and {after} have no row in common")
+    console.print(changes_table(diff.changes(*runs), rows))
+
+
+@app.command("page")
+def write_page(
+    runs: Annotated[list[Path], typer.Argument(help="What --json wrote.")],
+    out: Annotated[Path, typer.Option(dir_okay=False, help="The HTML file to write.")] = Path("runs/benchmarks.html"),
+    picture: Annotated[list[Path] | None, typer.Option(help="A PNG to show at its end; may be given again.")] = None,
+) -> None:
+    """Write runs as one HTML page with plots, which needs no other file."""
+    from .page import write
+
+    try:
+        write(out, [(path.stem, diff.read(path)) for path in runs], picture or [])
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    _console().print(f"to look at: {out}", soft_wrap=True)
+
+
+def _console() -> Console:
+    """The terminal, or a log of 120 columns: not the 80 of an unknown terminal."""
+    found = Console()
+    return found if found.is_terminal else Console(width=120)
 
 
 if __name__ == "__main__":

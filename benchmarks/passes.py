@@ -13,7 +13,10 @@ from .cases import Contestant, Function, Inputs, Task
 
 @dataclass(frozen=True)
 class Passes:
-    """A backward pass is a function of one more input, the last: the gradient of the output."""
+    """A backward pass is a function of one more input, the last: the gradient of the output.
+
+    Integers among the inputs are not differentiated by.
+    """
 
     name: str
     forward: bool
@@ -33,14 +36,15 @@ class Passes:
 
 
 def _graph(function: Function, *inputs: Tensor) -> Inputs:
-    leaves = [t.detach().requires_grad_() for t in inputs[:-1]]
+    leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs[:-1]]
     out = function(*leaves)
     assert isinstance(out, Tensor)
     return out, *leaves, inputs[-1]
 
 
 def _gradients(out: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(out, inputs[:-1], inputs[-1], retain_graph=True)
+    leaves = [t for t in inputs[:-1] if t.requires_grad]
+    return torch.autograd.grad(out, leaves, inputs[-1], retain_graph=True)
 
 
 def _step(function: Function, *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from .diff import Change
 from .results import Bar, Result, Row
 
 _NOTHING = "–"
@@ -33,10 +34,34 @@ def bars_table(bars: Sequence[Bar]) -> Table:
     table.add_column("")
     for bar in bars:
         verdict = {True: "[green]met", False: "[red]missed", None: "[yellow]not measured"}[bar.met]
-        asked = f"{'≤' if bar.at_most else '≥'} {_bar_value(bar, bar.asked)}"
-        measured = _NOTHING if bar.measured is None else _bar_value(bar, bar.measured)
+        asked = f"{'≤' if bar.at_most else '≥'} {bar_value(bar.unit, bar.asked)}"
+        measured = _NOTHING if bar.measured is None else bar_value(bar.unit, bar.measured)
         table.add_row(bar.claim, asked, measured, verdict)
     return table
+
+
+def changes_table(changes: Sequence[Change], rows: int) -> Table:
+    table = _table(f"What changed beyond noise, of {rows} rows that both runs have")
+    for heading in ("case", "contestant", ""):
+        table.add_column(heading)
+    for heading in ("before", "after", "after / before"):
+        table.add_column(heading, justify="right")
+    for change in changes:
+        before, after = (_changed(change, value) for value in (change.before, change.after))
+        numbers = isinstance(change.before, (int, float)) and isinstance(change.after, (int, float)) and change.before
+        ratio = f"{change.after / change.before:.2f}" if numbers else ""  # type: ignore[operator]
+        style = "green" if change.better else "red"
+        table.add_row(escape(change.case), escape(change.contestant), change.what, before, after, ratio, style=style)
+    if not changes:
+        table.caption = "Nothing."
+    return table
+
+
+def _changed(change: Change, value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    forms = {"time": "{:.4g} ms", "share of ceiling": "{:.1%}", "bar": "{:.3g}"}
+    return f"{value / 2**20:,.1f} MiB" if change.what == "memory" else forms[change.what].format(value)
 
 
 def _table(title: str) -> Table:
@@ -55,7 +80,7 @@ def _cells(result: Result, row: Row) -> list[str]:
     return [
         _name(row),
         time,
-        _bandwidth(row.bytes_per_s) if result.bound_by_bytes else _rate(row.flops_per_s),
+        bandwidth(row.bytes_per_s) if result.bound_by_bytes else rate(row.flops_per_s),
         _show(result.share_of_ceiling(row), "{:.0%}"),
         _NOTHING if row.ours or row is result.ceiling else _show(result.speed_up(row), "{:.2f}×"),
         _show(None if row.peak_bytes is None else row.peak_bytes / 2**20, "{:,.0f} MiB"),
@@ -74,18 +99,18 @@ def _note(row: Row) -> str:
     return f"* {row.contestant}: a yardstick, it computes another function" if row.yardstick else ""
 
 
-def _rate(flops_per_s: float | None) -> str:
+def rate(flops_per_s: float | None) -> str:
     if flops_per_s is None:
         return _NOTHING
     return f"{flops_per_s / 1e12:.3g} TFLOP/s" if flops_per_s >= 1e12 else f"{flops_per_s / 1e9:.3g} GFLOP/s"
 
 
-def _bandwidth(bytes_per_s: float | None) -> str:
+def bandwidth(bytes_per_s: float | None) -> str:
     return _show(None if bytes_per_s is None else bytes_per_s / 1e9, "{:.3g} GB/s")
 
 
-def _bar_value(bar: Bar, value: float) -> str:
-    return f"{value:.0%}" if bar.unit == "%" else f"{value:.2f}{bar.unit}"
+def bar_value(unit: str, value: float) -> str:
+    return f"{value:.0%}" if unit == "%" else f"{value:.2f}{unit}"
 
 
 def _show(value: float | None, form: str) -> str:

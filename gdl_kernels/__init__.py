@@ -14,6 +14,7 @@ from .ops.minibatch_stddev import minibatch_stddev
 from .ops.orthogonal_regularization import orthogonal_regularization
 from .ops.orthogonalize import orthogonalize
 from .ops.pixel_norm import pixel_norm
+from .ops.positional_embedding import positional_embedding
 from .ops.sparse_attention import sparse_attention
 from .ops.sparse_attention.merge import merge_attention
 from .ops.spectral_normalize import spectral_normalize
@@ -38,6 +39,7 @@ __all__ = [
     "orthogonal_regularization",
     "orthogonalize",
     "pixel_norm",
+    "positional_embedding",
     "remove_spectral_norm_all",
     "sparse_attention",
     "spectral_norm",

@@ -12,6 +12,7 @@ from .minibatch_self_attention import MinibatchSelfAttention2d
 from .minibatch_stddev import MinibatchStdDev
 from .orthogonal_norm import OrthogonalNorm, init_orthogonal_, orthogonal_norm
 from .pixel_norm import PixelNorm
+from .positional_embedding import PositionalEmbedding
 from .sparse_self_attention import SparseSelfAttention
 from .style_epilogue import StyleEpilogue
 from .truncated_normal import TruncatedNormal
@@ -27,6 +28,7 @@ __all__ = [
     "MinibatchStdDev",
     "OrthogonalNorm",
     "PixelNorm",
+    "PositionalEmbedding",
     "SparseSelfAttention",
     "StyleEpilogue",
     "TruncatedNormal",

@@ -6,13 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gdl_kernels.layouts import Layout
-from gdl_kernels.nn import KeyValueCache, SparseSelfAttention
+from gdl_kernels.nn import KeyValueCache, PositionalEmbedding, SparseSelfAttention
 
 from .patterns import ATTENTION, Attention, layer_layouts
 
@@ -79,19 +78,6 @@ def preset(name: str, vocabulary: int, **changes: object) -> Config:
     return replace(PRESETS[name], vocabulary=vocabulary, **given)  # type: ignore[arg-type]
 
 
-def sinusoids(
-    start: int, count: int, width: int, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Positions ``start`` to ``start + count - 1``: ``(count, width)``.
-
-    ``out[p, 2i] = sin((start + p) / 10000^(2i / width))`` and ``out[p, 2i + 1]`` the cosine of the same.
-    """
-    position = torch.arange(start, start + count, dtype=torch.float64, device=device)
-    rate = 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
-    angle = position[:, None] * rate  # in float64, as float32 is off by 1e-3 at position 10^5
-    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1).to(dtype)
-
-
 class Block(nn.Module):
     def __init__(self, config: Config, layout: Layout) -> None:
         super().__init__()
@@ -118,7 +104,7 @@ class MuseNet(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        self.embedding = PositionalEmbedding(config.vocabulary, config.width)
         layouts = layer_layouts(
             config.attention, layers=config.layers, heads=config.heads, context=config.context,
             stride=config.stride, summary=config.summary,
@@ -160,7 +146,7 @@ class MuseNet(nn.Module):
             ``(B, N, vocabulary)``.
 
         Raises:
-            ValueError: if ``tokens`` is not ``(B, N)``, or does not fit the context.
+            ValueError: if ``tokens`` is not ``(B, N)``, does not fit the context, or holds one beyond the vocabulary.
         """
         if tokens.dim() != 2:
             raise ValueError(f"tokens must be (batch, positions), got shape {tuple(tokens.shape)}")
@@ -168,9 +154,7 @@ class MuseNet(nn.Module):
         end = start + tokens.shape[1]
         if end > self.config.context:
             raise ValueError(f"tokens must end within the context, {self.config.context}, but would end at {end}")
-        width, dtype = self.config.width, self.embedding.weight.dtype
-        place = sinusoids(start, tokens.shape[1], width, device=tokens.device, dtype=dtype)
-        x = self.embedding(tokens) * math.sqrt(width) + place
+        x = self.embedding(tokens, start)
         for layer, block in enumerate(self.blocks):
             if self.config.recompute and self.training and cache is None:
                 x = checkpoint(block, x, use_reentrant=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import gdl_kernels
-from models.musenet.model import PRESETS, Config, MuseNet, bits_per_token, preset, sinusoids
+from models.musenet.model import PRESETS, Config, MuseNet, bits_per_token, preset
 from models.musenet.patterns import ATTENTION, Attention, layer_layouts
 
 CONFIG = Config(vocabulary=60, context=160, layers=2, heads=6, width=48, stride=32, summary=8)
@@ -124,13 +124,6 @@ def test_recompute_gives_the_same_gradients() -> None:
         gradients.append(torch.autograd.grad(bits_per_token(model, given), list(model.parameters())))
     for plain, recomputed in zip(*gradients):
         assert torch.equal(plain, recomputed)
-
-
-def test_sinusoids_go_on_where_they_stopped_at_any_length() -> None:
-    far = sinusoids(1_000_000, 3, 16)
-    torch.testing.assert_close(sinusoids(1_000_001, 1, 16), far[1:2], rtol=0, atol=0)
-    assert far[2, 6].item() == pytest.approx(math.sin(1_000_002 / 10_000 ** (6 / 16)), abs=1e-7)
-    assert far[2, 7].item() == pytest.approx(math.cos(1_000_002 / 10_000 ** (6 / 16)), abs=1e-7)
 
 
 def test_presets_are_what_they_are_called() -> None:

@@ -1,0 +1,146 @@
+"""What differs between two runs beyond their noise."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .record import SCHEMA
+
+#: A smaller change than this is none, however steady both runs were: one build, run twice, differs by as much.
+LEAST_CHANGE = 0.05
+
+#: Memory that grew by less is a page or an allocator's rounding.
+LEAST_BYTES = 2**20
+
+#: Half the width of the interval about a median, in interquartile ranges over the root of the number of samples. Where
+#: two such intervals don't overlap, the medians differ at about the 95 % level (McGill, Tukey and Larsen 1978).
+NOTCH = 1.57
+
+What = Literal["time", "share of ceiling", "memory", "status", "bar"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One quantity of one row in two runs.
+
+    Attributes:
+        before, after: milliseconds, shares of the ceiling, bytes, what a bar measured; or a row's status.
+        better: whether ``after`` is.
+    """
+
+    case: str
+    contestant: str
+    what: What
+    before: float | str
+    after: float | str
+    better: bool
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A run's JSON.
+
+    Raises:
+        ValueError: naming the file, if it can't be read or is no run of this schema.
+    """
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: can't be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    schema = run.get("schema") if isinstance(run, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path}: not a run of `python -m benchmarks`: its schema must be {SCHEMA}, got {schema!r}")
+    return run
+
+
+def same_machine(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether milliseconds of the two can be compared: one processor, one number of threads, one GPU or none."""
+    return all(before["machine"].get(key) == after["machine"].get(key) for key in ("cpu", "cores", "threads", "gpu"))
+
+
+def compared_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
+    """How many rows both runs have."""
+    return len(_rows(before).keys() & _rows(after).keys())
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """Every row's changes beyond noise, and the bars that only one run meets. Rows that only one run has are left out.
+
+    On one machine times are compared; between two machines each row's share of its own machine's ceiling.
+    """
+    here = same_machine(before, after)
+    old, new = _rows(before), _rows(after)
+    found: list[Change] = []
+    for key in old.keys() & new.keys():
+        (result, row), (result_after, row_after) = old[key], new[key]
+        if row["status"] != row_after["status"]:
+            found.append(Change(*key, "status", row["status"], row_after["status"], row_after["status"] == "timed"))
+        elif here:
+            found += _beyond_noise(key, "time", row["samples_ms"], row_after["samples_ms"], lower_is_better=True)
+        else:
+            shares = _shares(result, row), _shares(result_after, row_after)
+            found += _beyond_noise(key, "share of ceiling", *shares, lower_is_better=False)
+        found += _memory(key, row["peak_bytes"], row_after["peak_bytes"])
+    bars = {bar["claim"]: bar for bar in after["bars"]}
+    for bar in before["bars"]:
+        now = bars.get(bar["claim"])
+        if now is not None and None not in (bar["met"], now["met"]) and bar["met"] != now["met"]:
+            found.append(Change(bar["claim"], "", "bar", bar["measured"], now["measured"], now["met"]))
+    order = list(old)
+    return sorted(found, key=lambda change: _place(order, (change.case, change.contestant)))
+
+
+def _place(order: Sequence[tuple[str, str]], key: tuple[str, str]) -> int:
+    return order.index(key) if key in order else len(order)
+
+
+def _rows(run: Mapping[str, Any]) -> dict[tuple[str, str], tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """By case and contestant: the case's result and the row."""
+    return dict(_pairs(run))
+
+
+def _pairs(run: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], tuple[Mapping[str, Any], Mapping[str, Any]]]]:
+    for result in run["results"]:
+        for row in (result["ceiling"], *result["rows"]):
+            yield (f"{result['op']}: {result['case']}", row["contestant"]), (result, row)
+
+
+def _shares(result: Mapping[str, Any], row: Mapping[str, Any]) -> list[float]:
+    """The row's share of the ceiling in each round; the last samples of both are of one round."""
+    ceiling = result["ceiling"]
+    kind = "bytes" if ceiling["bytes"] else "flops"
+    work = row[kind] / ceiling[kind]
+    return [work * top / own for top, own in zip(reversed(ceiling["samples_ms"]), reversed(row["samples_ms"]))]
+
+
+def _beyond_noise(
+    key: tuple[str, str], what: What, before: Sequence[float], after: Sequence[float], *, lower_is_better: bool
+) -> list[Change]:
+    if not before or not after:
+        return []
+    old, new = statistics.median(before), statistics.median(after)
+    noise = _half_width(before) + _half_width(after)
+    if abs(new - old) <= noise or abs(math.log(new / old)) < math.log1p(LEAST_CHANGE):
+        return []
+    return [Change(*key, what, old, new, (new < old) is lower_is_better)]
+
+
+def _half_width(samples: Sequence[float]) -> float:
+    """Of the interval about the median. One sample alone says nothing of the noise, so it may be anything."""
+    if len(samples) < 2:
+        return math.inf
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return NOTCH * (high - low) / math.sqrt(len(samples))
+
+
+def _memory(key: tuple[str, str], before: int | None, after: int | None) -> list[Change]:
+    if before is None or after is None or abs(after - before) <= max(LEAST_BYTES, LEAST_CHANGE * before):
+        return []
+    return [Change(*key, "memory", before, after, after < before)]

@@ -1,0 +1,159 @@
+"""The HTML page of runs: whole, needing nothing from outside, and readable in a real browser."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from benchmarks import record
+from benchmarks.__main__ import app
+from benchmarks.page import write
+from benchmarks.results import Bar, Result, Row
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+def a_result(size: int, *, status: Any = "timed") -> Result:
+    top = Row("torch.mm 2048³, float32", flops=1e9, bytes=0, samples_ms=[1.0, 1.1, 1.2])
+    rows = [
+        Row("eager", 1e8, 1e6, samples_ms=[8.0 * size] * 3, peak_bytes=2**22 * size),
+        Row("torch.compile", 1e8, 1e6, samples_ms=[4.0 * size] * 3, peak_bytes=2**21 * size),
+        Row("SDPA, dense", 9e8, 1e6, yardstick=True, samples_ms=[0.5] * 3),
+        Row("gdl_kernels", 1e8, 1e6, ours=True, status=status, reason="it is off",
+            samples_ms=[0.5 * size] * 3 if status == "timed" else [], peak_bytes=2**20 * size),
+    ]  # fmt: skip
+    return Result("sparse_attention", f"n {size} <b>&", f"1×{size}", "float32", ("forward", size), 1, top, rows)
+
+
+def a_run(**changes: Any) -> dict[str, Any]:
+    bars = [Bar("ours is fast", 3.0, 8.0), Bar("ours is small", 2.0, 4.0, at_most=True), Bar("on a GPU", 5.0, None)]
+    results = [a_result(1), a_result(2), a_result(4)]
+    return json.loads(json.dumps({**record.document(results, bars, torch.device("cpu"), quick=False), **changes}))
+
+
+class Outline(html.parser.HTMLParser):
+    """What a page loads, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.tags: set[str] = set()
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "data")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += f"{data} "
+
+
+DATE = "2026-11-26T00:00:00+00:00"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    write(path, [("attention", a_run(date=DATE))], [ROOT / "docs" / "layouts.png"])
+    return path
+
+
+def test_it_needs_no_other_file_and_has_no_script(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    outline = Outline(text)
+    assert "script" not in outline.tags
+    assert "link" not in outline.tags
+    assert all(source.startswith(("#", "data:image/png;base64,")) for source in outline.sources)
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+
+
+def test_what_it_says(page: Path) -> None:
+    text = " ".join(Outline(page.read_text(encoding="utf-8")).text.split())
+    assert "ours is fast ≥ 3.00× 8.00× met" in text
+    assert "ours is small ≤ 2.00× 4.00× missed" in text
+    assert "on a GPU ≥ 5.00× – not measured" in text
+    assert "torch.compile 8.00× eager 16.00×" in text  # the fastest rival first
+    assert "n 1 <b>&" in text
+    assert "n^1.00" in text  # the fitted growth
+    assert "matrix product, float32" in text
+    assert "SDPA, dense" not in text.split("Growth")[1].split("Roofline")[0] or "SDPA, dense 1.00×" not in text
+    for title in ("local", "strided", "fixed", "sliding with sinks"):
+        assert title in text
+
+
+def test_what_is_wrong_has_no_time(tmp_path: Path) -> None:
+    run = a_run(results=[json.loads(json.dumps(record.document([a_result(1, status="wrong")], [], torch.device("cpu"),
+                                                               quick=True)["results"][0]))])  # fmt: skip
+    write(tmp_path / "page.html", [("wrong", run)])
+    text = " ".join(Outline((tmp_path / "page.html").read_text(encoding="utf-8")).text.split())
+    assert "1 of the rows were wrong, and have no time." in text
+    assert "wrong: it is off" in text
+    assert "Roofline" not in text
+    assert "Growth" not in text
+
+
+def test_one_run_gives_one_page(tmp_path: Path, page: Path) -> None:
+    write(tmp_path / "again.html", [("attention", a_run(date=DATE))], [ROOT / "docs" / "layouts.png"])
+    assert (tmp_path / "again.html").read_bytes() == page.read_bytes()
+
+
+def test_the_command_and_its_errors(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(a_run()))
+    out = tmp_path / "made" / "page.html"
+    result = CliRunner().invoke(app, ["page", str(tmp_path / "run.json"), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert f"to look at: {out}" in result.output
+    assert out.stat().st_size > 10_000
+    (tmp_path / "no.png").write_text("text")
+    for arguments, why in (
+        ([str(tmp_path / "missing.json")], "missing.json"),
+        ([str(tmp_path / "run.json"), "--picture", str(tmp_path / "no.png")], "must be a PNG"),
+        ([str(tmp_path / "run.json"), "--picture", str(tmp_path / "none.png")], "can't be read"),
+    ):
+        failed = CliRunner().invoke(app, ["page", *arguments, "--out", str(tmp_path / "other.html")])
+        assert failed.exit_code == 2
+        assert why in " ".join(failed.output.replace("│", " ").split())
+        assert not (tmp_path / "other.html").exists()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
+@pytest.mark.parametrize("width", [500, 1200])  # 500: headless Chromium makes no narrower window
+def test_a_browser_shows_it(page: Path, tmp_path: Path, width: int) -> None:
+    """Nothing is wider than the window, and every section leaves ink."""
+    probe = tmp_path / "probe.html"
+    measure = (
+        "<script>onload = () => { document.title = ["
+        "document.documentElement.scrollWidth, innerWidth, ...[...document.querySelectorAll('figure')].map("
+        "f => Math.round(f.getBoundingClientRect().height))].join(' ') }</script>"
+    )
+    probe.write_text(page.read_text(encoding="utf-8").replace("</body>", f"{measure}</body>"), encoding="utf-8")
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+        f"--window-size={width},4000", f"--user-data-dir={tmp_path / 'profile'}",
+    ]  # fmt: skip
+    dumped = subprocess.run([*command, "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=120)
+    title = re.search(r"<title>([\d ]+)</title>", dumped.stdout)
+    assert title, dumped.stderr
+    scroll, inner, *figures = map(int, title[1].split())
+    assert scroll <= inner
+    assert len(figures) == 7  # roofline, growth, four layouts, one picture
+    assert min(figures) > 80
+    picture = tmp_path / "page.png"
+    subprocess.run([*command, f"--screenshot={picture}", page.as_uri()], capture_output=True, timeout=120, check=True)
+    with Image.open(picture) as shot:
+        assert shot.width == width
+        dark = sum(count for count, value in shot.convert("L").getcolors(256) or [] if value < 128)
+        assert dark / (shot.width * shot.height) > 0.005
