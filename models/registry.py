@@ -30,4 +30,6 @@ MODELS = (
     Model("musenet", "a Sparse Transformer that writes Bach chorales", "MuseNet 2019; arXiv 1904.10509"),
     Model("sagan", "a GAN with self-attention and spectral norm", "arXiv 1805.08318"),
     Model("biggan", "a class-conditional GAN with a shared class embedding, and its deep variant", "arXiv 1809.11096"),
+    Model("bert", "an encoder that tells hidden words", "arXiv 1810.04805"),
+    Model("gpt2", "a decoder that goes on with a text", "GPT-2 2019"),
 )
