@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, cast
 
 import torch
@@ -12,8 +13,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from . import diff, ops, record
-from .cases import OpBenchmark
+from . import diff, models, ops, record
+from .cases import Benchmark
 from .machine import machine
 from .results import Bar, Result
 from .runner import run
@@ -23,15 +24,16 @@ from .timing import FULL, QUICK
 app = typer.Typer(add_completion=False)
 
 
-def op_names() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(ops.__path__))
+def names(package: ModuleType) -> list[str]:
+    """The benchmarks in ``ops`` or ``models``."""
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
-def _chosen_ops(names: list[str]) -> list[str]:
-    for name in names:
-        if name not in op_names():
-            raise typer.BadParameter(f"must be one of {', '.join(op_names())}, got {name!r}", param_hint="--op")
-    return names or op_names()
+def _benchmarks(package: ModuleType, chosen: list[str], option: str) -> list[tuple[str, Benchmark]]:
+    for name in chosen:
+        if name not in names(package):
+            raise typer.BadParameter(f"must be one of {', '.join(names(package))}, got {name!r}", param_hint=option)
+    return [(name, cast(Benchmark, importlib.import_module(f"{package.__name__}.{name}"))) for name in chosen]
 
 
 def _chosen_device(name: str | None) -> torch.device:
@@ -47,7 +49,10 @@ def _chosen_device(name: str | None) -> torch.device:
 @app.callback(invoke_without_command=True)
 def main(
     ctx: typer.Context,
-    op: Annotated[list[str] | None, typer.Option(help="An op; may be given again. All ops by default.")] = None,
+    op: Annotated[
+        list[str] | None, typer.Option(help="An op; may be given again. All ops by default, without --model.")
+    ] = None,
+    model: Annotated[list[str] | None, typer.Option(help="A model; may be given again.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer cases and rounds: two minutes on two cores.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. A GPU by default, where there is one.")] = None,
     case: Annotated[
@@ -55,20 +60,21 @@ def main(
     ] = None,
     json: Annotated[Path | None, typer.Option(dir_okay=False, help="Also write the run to this file.")] = None,
 ) -> None:
-    """Measure ops against their rivals on this machine.
+    """Measure ops and models against their rivals on this machine.
 
     A contestant whose output is wrong has no time, and the exit status is then 1.
     """
     if ctx.invoked_subcommand is not None:
         return
-    chosen, on = _chosen_ops(op or []), _chosen_device(device)
+    on = _chosen_device(device)
+    chosen = _benchmarks(ops, op or ([] if model else names(ops)), "--op")
+    chosen += _benchmarks(models, model or [], "--model")
     console = _console()
     console.print(", ".join(f"{name} {value}" for name, value in machine(on).items() if value is not None))
     plan = QUICK if quick else FULL
     results: list[Result] = []
     bars: list[Bar] = []
-    for name in chosen:
-        benchmark = cast(OpBenchmark, importlib.import_module(f"{ops.__name__}.{name}"))
+    for name, benchmark in chosen:
         measured = []
         with console.status("") as status:
             for candidate in benchmark.cases(on, quick):

@@ -1,7 +1,7 @@
 """What a benchmark is made of.
 
-An op's benchmark is one file, ``benchmarks/ops/<op>.py``, found by its name. It has the two functions of
-:class:`OpBenchmark`.
+A benchmark is one file, ``benchmarks/ops/<op>.py`` or ``benchmarks/models/<model>.py``, or a folder of that name, and
+found by it. It has the two functions of :class:`Benchmark`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Case:
     """One task at one size, and who competes at it.
 
     Attributes:
-        name: unique within the op.
+        name: unique within the op or model.
         shape: the sizes, for people.
         inputs: fresh random inputs, from a generator on ``device``.
         contestants: in the order in which they take turns.
@@ -91,14 +91,14 @@ class Case:
     input_sets: int = 3
 
 
-class OpBenchmark(Protocol):
-    """What ``benchmarks/ops/<op>.py`` offers."""
+class Benchmark(Protocol):
+    """What the file of an op or a model offers."""
 
     def cases(self, device: torch.device, quick: bool) -> Iterator[Case]:
         """The cases one by one, each built when it is reached: only one case's tensors exist at a time."""
 
     def bars(self, results: Sequence[Result]) -> list[Bar]:
-        """What is asked of the op, beside what was measured."""
+        """What is asked, beside what was measured."""
 
 
 def short(dtype: torch.dtype) -> str:

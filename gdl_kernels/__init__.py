@@ -2,6 +2,7 @@
 
 from . import layouts, nn
 from ._backends import available_backends, backend, explain
+from ._truncated_normal import truncated_normal
 from .nn.orthogonal_norm import init_orthogonal_, orthogonal_norm
 from .nn.spectral_norm import spectral_norm
 from .nn.spectral_norm_all import remove_spectral_norm_all, spectral_norm_all
@@ -45,4 +46,5 @@ __all__ = [
     "spectral_norm_all",
     "spectral_normalize",
     "style_epilogue",
+    "truncated_normal",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -71,8 +72,10 @@ def launchers(package: str | None, name: str, backends: Iterable[str]) -> dict[s
     """
 
     def launcher(backend: str) -> Kernel:
+        module = functools.cache(lambda: importlib.import_module(f".{backend}", package))
+
         def launch(*args: Any) -> None:
-            getattr(importlib.import_module(f".{backend}", package), name)(*args)
+            getattr(module(), name)(*args)
 
         return launch
 

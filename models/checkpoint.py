@@ -19,7 +19,8 @@ def save(path: Path, kind: str, tensors: Mapping[str, Tensor], about: Mapping[st
     """Write a checkpoint; ``path`` is the old one or the whole new one, never less.
 
     Args:
-        kind: what program it is for; :func:`load` asks for the same.
+        kind: what program it is for, and the version of what it writes: ``"gdl_kernels.musenet.2"``. :func:`load` asks
+            for the same.
         about: anything that JSON can say.
     """
     metadata = {"kind": kind, "about": json.dumps(about)}
@@ -48,6 +49,8 @@ def load(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
     if metadata.get("kind") != kind:
         found = repr(metadata["kind"]) if "kind" in metadata else "none"
+        if metadata.get("kind", "").rpartition(".")[0] == kind.rpartition(".")[0]:
+            raise ValueError(f"{path}: written by another version, as {found}; this one reads {kind!r}: train anew")
         raise ValueError(f"{path}: not a checkpoint of this model: its kind must be {kind!r}, got {found}")
     try:
         about = json.loads(metadata["about"])

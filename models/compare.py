@@ -43,7 +43,8 @@ TOLERANCES_WITH_KINKS = TOLERANCES | {
     torch.float16: (5e-3, 1e-1),
 }
 
-PHASES = ("forward", "training step")
+#: Decoding only where the problem has it; and before training, which changes the weights.
+PHASES = ("forward", "decoding", "training step")
 SIDES = ("kernels", "reference")
 
 
@@ -55,12 +56,19 @@ class Problem:
         forward: the output; called without gradients.
         loss: what a training step differentiates.
         explain: for each of our ops that the model calls, who serves it.
+        decode: the output of decoding a few tokens one by one, those before them being in a cache; called in inference
+            mode.
     """
 
     model: nn.Module
     forward: Callable[[], Tensor]
     loss: Callable[[], Tensor]
     explain: Callable[[], list[Explanation]]
+    decode: Callable[[], Tensor] | None = None
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        return tuple(phase for phase in PHASES if phase != "decoding" or self.decode is not None)
 
 
 class SideFailed(RuntimeError):
@@ -94,6 +102,7 @@ class Comparison:
     gradient_error: float
     worst_parameter: str
     measured: dict[str, dict[str, Measurement]]  # phase -> side
+    decoding_error: float | None = None  # None where nothing is decoded
     kinks: bool = False
 
     @property
@@ -104,7 +113,8 @@ class Comparison:
     @property
     def agree(self) -> bool:
         output, gradient = self.tolerances
-        return self.output_error <= output and self.gradient_error <= gradient  # False for NaN
+        decoding = 0.0 if self.decoding_error is None else self.decoding_error
+        return self.output_error <= output and decoding <= output and self.gradient_error <= gradient  # False for NaN
 
     @property
     def chosen(self) -> dict[str, str]:
@@ -126,7 +136,7 @@ class Comparison:
         return {
             "agree": self.agree, "device": self.device, "dtype": str(self.dtype).removeprefix("torch."),
             "parameters": self.parameters, "repetitions": self.repetitions, "backends": self.served,
-            "output_error": self.output_error, "output_tolerance": output,
+            "output_error": self.output_error, "decoding_error": self.decoding_error, "output_tolerance": output,
             "gradient_error": self.gradient_error, "gradient_tolerance": gradient,
             "worst_parameter": self.worst_parameter, "loss": self.loss,
             "phases": {
@@ -175,16 +185,19 @@ def compare(
             sides[side] = stack.enter_context(_Side.started(side, build, served_by, device, folder))
         about = {side: process.ask("about") for side, process in sides.items()}
         peaks: dict[tuple[str, str], int | None] = {}
-        times: dict[tuple[str, str], list[float]] = {(p, s): [] for p in PHASES for s in SIDES}
-        for phase in PHASES:
+        parameters, served, phases = about["kernels"]
+        times: dict[tuple[str, str], list[float]] = {(p, s): [] for p in phases for s in SIDES}
+        for phase in phases:
             for side, process in sides.items():
                 say(f"{phase}, {side}: the first run")
                 peaks[phase, side] = process.ask(phase, True)[1]
         losses = {side: process.ask("save") for side, process in sides.items()}
         say("comparing outputs and gradients")
-        output_error, gradient_error, worst = errors(*(load_file(folder / f"{side}.safetensors") for side in SIDES))
+        ours, reference = (load_file(folder / f"{side}.safetensors") for side in SIDES)
+        decoding_error = _error(ours.pop("decoded"), reference.pop("decoded")) if "decoding" in phases else None
+        output_error, gradient_error, worst = errors(ours, reference)
         for repetition in range(repetitions):
-            for phase in PHASES:
+            for phase in phases:
                 order = SIDES if repetition % 2 == 0 else SIDES[::-1]
                 for side in order:
                     say(f"{phase}, {side}: timed run {repetition + 1} of {repetitions}")
@@ -198,12 +211,11 @@ def compare(
             )
             for side in SIDES
         }
-        for phase in PHASES
+        for phase in phases
     }
-    parameters, served = about["kernels"]
     return Comparison(
         dtype, device, parameters, repetitions, served, output_error, losses, gradient_error, worst, measured,
-        kinks,
+        decoding_error, kinks,
     )  # fmt: skip
 
 
@@ -224,17 +236,16 @@ def errors(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[float
     if set(ours) != set(reference):
         missing = ", ".join(sorted(set(ours) ^ set(reference)))
         raise RuntimeError(f"only one side has a gradient for {missing}")
-    norms = {name: float(reference[name].double().norm()) for name in reference}
-    floor = 1e-3 * statistics.fmean(norms[name] ** 2 for name in names) ** 0.5
-
-    def error(name: str, least: float) -> float:
-        difference = float((ours[name].double() - reference[name].double()).norm())
-        return difference / max(norms[name], least, torch.finfo(torch.float64).tiny)
-
-    gradients = {name: error(name, floor) for name in names}
+    floor = 1e-3 * statistics.fmean(float(reference[name].double().norm()) ** 2 for name in names) ** 0.5
+    gradients = {name: _error(ours[name], reference[name], floor) for name in names}
     # NaN is the worst of all, but no number is larger than another that is NaN.
     worst = max(gradients, key=lambda name: float("inf") if gradients[name] != gradients[name] else gradients[name])
-    return error("output", 0.0), gradients[worst], worst
+    return _error(ours["output"], reference["output"]), gradients[worst], worst
+
+
+def _error(ours: Tensor, reference: Tensor, least: float = 0.0) -> float:
+    difference = float((ours.double() - reference.double()).norm())
+    return difference / max(float(reference.double().norm()), least, torch.finfo(torch.float64).tiny)
 
 
 def processor(device: str) -> str:
@@ -320,20 +331,20 @@ class _Worker:
     def __init__(self, problem: Problem, device: str) -> None:
         self.problem, self.device = problem, device
         self.optimizer = torch.optim.AdamW(problem.model.parameters(), lr=1e-4)
-        self.output = torch.empty(0)
+        self.outputs: dict[str, Tensor] = {}
         self.loss = torch.empty(0)
         self.memory = _Memory(device)
 
     def answer(self, question: str, path: Path, *arguments: Any) -> Any:
         if question == "about":
             served = {e.op: dict(e.verdicts) for e in self.problem.explain()}
-            return sum(p.numel() for p in self.problem.model.parameters()), served
+            return sum(p.numel() for p in self.problem.model.parameters()), served, self.problem.phases
         if question == "save":
             return self.save(path)
         return self.run(question, *arguments)
 
     def run(self, phase: str, first: bool) -> tuple[float, int | None]:
-        """Seconds and peak memory of a phase. Of the first run, output and gradients are kept."""
+        """Seconds and peak memory of a phase. Of the first run, outputs and gradients are kept."""
         self.memory.reset()
         self._synchronize()
         begin = time.perf_counter()
@@ -341,7 +352,13 @@ class _Worker:
             with torch.no_grad():
                 output = self.problem.forward()
             if first:
-                self.output = output
+                self.outputs["output"] = output
+        elif phase == "decoding":
+            assert self.problem.decode is not None
+            with torch.inference_mode():
+                output = self.problem.decode()
+            if first:
+                self.outputs["decoded"] = output
         else:
             self.optimizer.zero_grad()
             loss = self.problem.loss()
@@ -353,11 +370,11 @@ class _Worker:
         return time.perf_counter() - begin, self.memory.peak()
 
     def save(self, path: Path) -> float:
-        """Write the first run's output and gradients, which the optimiser has left as they were; return its loss."""
+        """Write the first run's outputs and gradients, which the optimiser has left as they were; return its loss."""
         gradients = {n: p.grad for n, p in self.problem.model.named_parameters() if p.grad is not None}
-        tensors = {"output": self.output, **gradients}
+        tensors = {**self.outputs, **gradients}
         save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, path)
-        self.output = torch.empty(0)
+        self.outputs.clear()
         return float(self.loss)
 
     def _synchronize(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from .compare import PHASES, Comparison, Measurement, processor
+from .compare import Comparison, Measurement, processor
 
 
 def show(comparison: Comparison, console: Console, title: str) -> None:
@@ -17,8 +17,11 @@ def show(comparison: Comparison, console: Console, title: str) -> None:
         agreement.add_column(column, justify="right" if column else "left")
     for name, error, allowed in (
         ("output", comparison.output_error, output),
+        ("output of decoding", comparison.decoding_error, output),
         (f"gradient, worst in {comparison.worst_parameter}", comparison.gradient_error, gradient),
     ):
+        if error is None:
+            continue
         verdict = "[green]agrees[/]" if error <= allowed else "[bold red]differs[/]"
         agreement.add_row(name, f"{error:.1e}", f"{allowed:.0e}", verdict)
     agreement.caption = ", ".join(f"loss on {side} {loss:.6f}" for side, loss in comparison.loss.items())
@@ -27,8 +30,8 @@ def show(comparison: Comparison, console: Console, title: str) -> None:
     cost = Table(title=f"Medians of {comparison.repetitions} on {processor(comparison.device)}", title_justify="left")
     for column in ("", "ours", "PyTorch", "faster", "peak memory, ours", "PyTorch", "less"):
         cost.add_column(column, justify="right" if column else "left")
-    for phase in PHASES:
-        ours, reference = (comparison.measured[phase][side] for side in ("kernels", "reference"))
+    for phase, sides in comparison.measured.items():
+        ours, reference = sides["kernels"], sides["reference"]
         speedup = comparison.speedup(phase)
         cost.add_row(
             phase,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import layouts
-from ..layouts import Layout
+from ..layouts import Layout, check_entry, named
+from ..layouts import register_pattern as register_pattern  # where users of transformers look for it
 from ..ops.sparse_attention import sparse_attention
 
 #: What models ask for by ``attn_implementation``.
@@ -68,43 +68,6 @@ def unregister() -> None:
     for interface in _interfaces():
         interface._global_mapping.pop(NAME, None)  # where transformers' own register puts it; it has no reverse
 
-
-def register_pattern(name: str, build: Callable[..., Layout]) -> None:
-    """Give a pattern a name for ``config.gdl_layout``; one of that name that was registered before goes.
-
-    Args:
-        name: the ``"pattern"`` of an entry.
-        build: called as ``build(n, causal=..., **arguments)`` with the entry's arguments; gives a layout of ``n``
-            positions. In a causal model it is called for powers of two, and serves shorter sequences: what a row keeps
-            may not hang on ``n``.
-
-    Raises:
-        ValueError: if ``name`` is a pattern of this package.
-        TypeError: if ``name`` is no string or ``build`` can't be called.
-    """
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a string, got {type(name).__name__}")
-    if not callable(build):
-        raise TypeError(f"build must be callable, got {type(build).__name__}")
-    if name in _OWN:
-        raise ValueError(f"name must not be a pattern of gdl_kernels, {', '.join(_OWN)}, got {name!r}")
-    _registered[name] = build
-    _layout.cache_clear()
-
-
-def _sliding_with_sinks(n: int, *, causal: bool, **arguments: Any) -> Layout:
-    if not causal:
-        raise ValueError("gdl_layout: the pattern 'sliding_with_sinks' is causal, and this model's attention is not")
-    return layouts.sliding_with_sinks(n, **arguments)
-
-
-_OWN: dict[str, Callable[..., Layout]] = {
-    "local": layouts.local,
-    "strided": layouts.strided,
-    "fixed": layouts.fixed,
-    "sliding_with_sinks": _sliding_with_sinks,
-}
-_registered: dict[str, Callable[..., Layout]] = {}
 
 #: Patterns of which only the distance counts. In the others it matters which position is the first.
 _BY_DISTANCE = ("local", "strided")
@@ -352,12 +315,7 @@ def _entry(module: nn.Module) -> dict[str, Any] | None:
         entry = entry[layer]
         if entry is None:
             return None
-    known = [*_OWN, *_registered]
-    if not isinstance(entry, dict) or entry.get("pattern") not in known:
-        wanted = f'{{"pattern": one of {", ".join(known)}, ...its arguments}}'
-        raise ValueError(f"gdl_layout must be {wanted}, got {entry!r}")
-    if "causal" in entry:
-        raise ValueError(f"gdl_layout must not say 'causal': the model does; got {entry!r}")
+    check_entry(entry, "gdl_layout")
     return entry
 
 
@@ -368,28 +326,21 @@ def _layout_of(entry: dict[str, Any] | None, seen: _Seen, query: Tensor, key: Te
         n_q = n_k = 1 << (n - 1).bit_length()
     elif n_q != n_k and (entry is not None or seen.window is not None):
         raise ValueError(f"{NAME}: a pattern that is not causal needs as many queries as keys, got {n_q} and {n_k}")
-    description = None if entry is None else json.dumps(entry, sort_keys=True)
+    if n_q != n_k:
+        return _full(n_q, n_k, query.device)
     # A window as long as the sequence is none: lengths up to it share one layout with models that have none.
     window = None if seen.window is None or seen.window >= n_k else seen.window
-    return _layout(description, n_q, n_k, seen.causal, window, query.device)
+    if entry is None and window is not None:
+        entry, window = {"pattern": "local", "window": window}, None
+    layout = named(n_k, entry, causal=seen.causal, device=query.device, argument="gdl_layout")
+    return layout if window is None else _windowed(layout, window, seen.causal)
 
 
 @lru_cache(maxsize=64)
-def _layout(
-    description: str | None, n_q: int, n_k: int, causal: bool, window: int | None, device: torch.device
-) -> Layout:
-    """Layouts of all models, the last used ones: causal ones are few, others are one for each length."""
-    if description is None:
-        if window is not None:
-            return layouts.local(n_k, window, causal=causal).to(device)
-        return (layouts.causal(n_k) if causal else layouts.full(n_q, n_k)).to(device)
-    arguments = json.loads(description)
-    name = arguments.pop("pattern")
-    layout = (_OWN.get(name) or _registered[name])(n_k, causal=causal, **arguments)
-    if not isinstance(layout, Layout) or (layout.n_q, layout.n_k) != (n_k, n_k):
-        raise ValueError(f"gdl_layout: the pattern {name!r} must give a layout of {n_k} positions, got {layout!r}")
-    if causal and not layout.causal:
-        raise ValueError(f"gdl_layout: the pattern {name!r} sees later positions, and this model's attention is causal")
-    if window is not None:
-        layout = layout & layouts.local(n_k, window, causal=causal, block_size=layout.block_size).to(layout.device)
-    return layout.to(device)
+def _full(n_q: int, n_k: int, device: torch.device) -> Layout:
+    return layouts.full(n_q, n_k).to(device)
+
+
+@lru_cache(maxsize=64)
+def _windowed(layout: Layout, window: int, causal: bool) -> Layout:
+    return layout & layouts.local(layout.n_k, window, causal=causal, block_size=layout.block_size).to(layout.device)

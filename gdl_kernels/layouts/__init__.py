@@ -9,18 +9,22 @@ A layout is exact at the level of single positions and is built in time and memo
 
 from ._algebra import per_head
 from ._layout import BlockLists, Layout
+from ._named import check_entry, named, register_pattern
 from ._patterns import causal, fixed, from_blocks, from_mask, full, local, sliding_with_sinks, strided
 
 __all__ = [
     "BlockLists",
     "Layout",
     "causal",
+    "check_entry",
     "fixed",
     "from_blocks",
     "from_mask",
     "full",
     "local",
+    "named",
     "per_head",
+    "register_pattern",
     "sliding_with_sinks",
     "strided",
 ]

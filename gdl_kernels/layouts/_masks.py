@@ -45,7 +45,7 @@ def distinct(words: Tensor) -> tuple[Tensor, Tensor]:
     # Sorting 64-bit hashes is some 30 times as fast as torch.unique(dim=0), which compares mask by mask.
     flat = words.flatten(1)
     generator = torch.Generator().manual_seed(0)
-    weights = torch.randint(-(2**63), 2**63 - 1, flat.shape[1:], generator=generator).to(words.device)
+    weights = torch.randint(-(2**63), 2**63 - 1, flat.shape[1:], generator=generator, device="cpu").to(words.device)
     hashes = torch.cat([(part.long() * weights).sum(1) for part in flat.split(_HASHED_AT_ONCE)])
     values, index = torch.unique(hashes, return_inverse=True)
     member = index.new_empty(len(values)).scatter_(0, index, torch.arange(len(index), device=index.device))

@@ -15,6 +15,7 @@ from .pixel_norm import PixelNorm
 from .positional_embedding import PositionalEmbedding
 from .sparse_self_attention import SparseSelfAttention
 from .style_epilogue import StyleEpilogue
+from .truncated_normal import TruncatedNormal
 
 __all__ = [
     "AdaIN",
@@ -30,6 +31,7 @@ __all__ = [
     "PositionalEmbedding",
     "SparseSelfAttention",
     "StyleEpilogue",
+    "TruncatedNormal",
     "init_orthogonal_",
     "orthogonal_norm",
     "standing_statistics",

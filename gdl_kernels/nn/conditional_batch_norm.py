@@ -96,6 +96,13 @@ class ConditionalBatchNorm2d(nn.Module):
             self.num_batches_tracked.zero_()
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return self.normalize(x, 1 + self.gain(condition), self.bias(condition))
+
+    def normalize(self, x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+        """What ``forward`` does, with ``gain``, the whole factor, and ``bias`` computed elsewhere: both ``(N, C)``.
+
+        For networks that compute those of many layers in one product of their concatenated weights.
+        """
         if x.dim() - 2 not in self.spatial or x.shape[1] != self.num_features:
             dimensions = " or ".join(str(s + 2) for s in self.spatial)
             raise ValueError(
@@ -108,8 +115,8 @@ class ConditionalBatchNorm2d(nn.Module):
                 momentum = self.num_batches_tracked.float().reciprocal()  # on its device: nothing waits for it
         return conditional_batch_norm(
             x,
-            1 + self.gain(condition),
-            self.bias(condition),
+            gain,
+            bias,
             self.running_mean,
             self.running_var,
             training=self.training or self.running_mean is None,

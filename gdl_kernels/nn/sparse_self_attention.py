@@ -135,7 +135,8 @@ class SparseSelfAttention(nn.Module):
         self._check(x, layout, key_padding_mask, cache)
         start = 0 if cache is None else cache.length
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H + 2 Hkv, N, D]
-        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
+        sizes = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        query, key, value = heads.split_with_sizes(sizes, 1)
         if cache is not None:
             key, value = cache.extend(key, value)
         seen = sparse_attention(

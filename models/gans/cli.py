@@ -37,6 +37,7 @@ from ..commands import (
 )  # fmt: skip
 from .data import open_images
 from .model import Config, Gan
+from .ranks import joined
 from .training import Recipe, Training, load_model
 
 Command = Callable[..., None]
@@ -60,16 +61,21 @@ def train_command(gan: type[Gan], config: Config, *, steps: int, recipe: Recipe 
         check_device(device)
         resumable = {*RESUMABLE, "device"}
         path = checkpoint_path(ctx, out, steps=steps, save_every=save_every, resume=resume, resumable=resumable)
-        if resume:
-            run = Training.resumed(gan, path, device)
-        else:
-            asked = chosen(defaults, settings)
-            run = Training.begun(gan, fitted(chosen(config, settings), asked), asked, device)
-        run.pictures = out / "samples"
-        counts = [report.count(sum(p.numel() for p in network.parameters())) for network in run.networks.values()]
-        known = f"{run.gan.config.classes} classes" if run.gan.config.classes else "no classes"
-        console.print(f"{gan.title}: generator {counts[0]} parameters, discriminator {counts[1]}, {known}")
-        follow(run, path, steps=steps, save_every=save_every, console=console)
+        with joined(device) as device:
+            if resume:
+                run = Training.resumed(gan, path, device)
+            else:
+                asked = chosen(defaults, settings)
+                run = Training.begun(gan, fitted(chosen(config, settings), asked), asked, device)
+            if run.ranks.rank:
+                for _ in run.run(steps):  # the first rank tells of it and saves it
+                    pass
+                return
+            run.pictures = out / "samples"
+            counts = [report.count(sum(p.numel() for p in network.parameters())) for network in run.networks.values()]
+            known = f"{run.gan.config.classes} classes" if run.gan.config.classes else "no classes"
+            console.print(f"{gan.title}: generator {counts[0]} parameters, discriminator {counts[1]}, {known}")
+            follow(run, path, steps=steps, save_every=save_every, console=console)
 
     doc = f"Train {gan.title} on digits, a folder of images or LSUN, with losses and images a second."
     return _with_options(train, doc, config, defaults)

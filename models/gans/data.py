@@ -20,6 +20,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .ranks import ALONE, Ranks
+
 #: What a folder's images are told by.
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -247,6 +249,7 @@ class Batches:
         flip: mirror every second image or so, where the images are such as may be.
         workers: processes that read; 0 reads in this one. The batches are the same.
         on_error: ``"raise"`` names the first broken image and ends; ``"skip"`` takes the next image in its place.
+        ranks: each is given its share of every batch.
 
     Attributes:
         taken: images given so far.
@@ -258,7 +261,7 @@ class Batches:
 
     def __init__(
         self, images: Images, batch: int, seed: int, *, taken: int = 0, flip: bool = True, workers: int = 0,
-        on_error: str = "raise",
+        on_error: str = "raise", ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
         if batch < 1:
             raise ValueError(f"batch must be at least 1, got {batch}")
@@ -270,7 +273,7 @@ class Batches:
         self.skipped: set[str] = set()
         loader = DataLoader(
             _Reader(images, skip=on_error == "skip"),
-            batch_sampler=_Order(len(images), batch, seed, taken, flip and images.mirrors),
+            batch_sampler=_Order(len(images), batch, seed, taken, flip and images.mirrors, ranks),
             num_workers=workers,
             collate_fn=_collate,
             # Not forked: this process may have threads by now, and a fork keeps their locks without them.
@@ -294,13 +297,14 @@ class Batches:
 class _Order:
     """What to read: endless lists of ``(index, mirrored)``."""
 
-    def __init__(self, count: int, batch: int, seed: int, taken: int, flip: bool) -> None:
+    def __init__(self, count: int, batch: int, seed: int, taken: int, flip: bool, ranks: Ranks) -> None:
         self.count, self.batch, self.seed, self.taken, self.flip = count, batch, seed, taken, flip
+        self.share = slice(batch * ranks.rank // ranks.count, batch * (ranks.rank + 1) // ranks.count)
 
     def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
         keys = self._keys()
         while True:
-            yield [next(keys) for _ in range(self.batch)]
+            yield [next(keys) for _ in range(self.batch)][self.share]
 
     def _keys(self) -> Iterator[tuple[int, bool]]:
         epoch, place = divmod(self.taken, self.count)

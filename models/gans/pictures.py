@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,10 +86,10 @@ def interpolation(gan: Gan, request: Request) -> tuple[Tensor, int]:
     return drawn(gan, gan.generator, latents, labels, truncation=request.truncation), request.columns
 
 
-def truncation_sweep(gan: Gan, request: Request) -> tuple[Tensor, int]:
-    """A row for each of ``TRUNCATIONS``, each of the same seed."""
+def truncation_sweep(gan: Gan, request: Request, *, truncations: Sequence[float] = TRUNCATIONS) -> tuple[Tensor, int]:
+    """A row for each of ``truncations``, each of the same seed."""
     rows = []
-    for truncation in TRUNCATIONS:
+    for truncation in truncations:
         random = torch.Generator().manual_seed(request.seed)
         latents = gan.latents(request.columns, truncation=truncation, generator=random)
         gan.settle(gan.generator, truncation=truncation, seed=request.seed)

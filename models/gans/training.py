@@ -31,6 +31,7 @@ from .grids import LEGIBLE, tiled, write_pixels
 from .losses import Terms
 from .model import Config, Gan, Stage
 from .pictures import drawn, ordered, samples_shape
+from .ranks import Ranks
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -106,7 +107,10 @@ class Training:
         untrained: the scores before the first step, if there are any.
 
     Raises:
-        ValueError: if the data has other channels or classes than the model, or ``precision`` is none of the device's.
+        ValueError: if the data has other channels or classes than the model, ``precision`` is none of the device's, or
+            several processes can't share a batch.
+
+    Where torch has a default process group, its ranks train together; they must be given the same.
     """
 
     def __init__(self, gan: Gan, recipe: Recipe, device: str = "cpu") -> None:
@@ -115,6 +119,8 @@ class Training:
         self.gan, self.recipe, self.device = gan.to(device).train(), recipe, torch.device(device)
         self.ema = AveragedModel(gan.generator, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
         self.ema.requires_grad_(False).eval()
+        self.ranks = Ranks.current()
+        self.ranks.synchronize(gan)  # not the smoothed generator: each rank samples for itself
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "float16")
         gan.check_recipe(recipe)
         gan.stage = gan.stage_at(0, recipe)
@@ -122,6 +128,7 @@ class Training:
         self.pictures: Path | None = None
         self.untrained: Scores | None = None
         self.optimizers = self._new_optimizers()
+        gan.stage = gan.stage_at(0, recipe)
         self.batches = self._opened(gan.stage)
         self._judge = DigitsJudge() if recipe.data == "digits" else None
 
@@ -166,6 +173,8 @@ class Training:
         return {"generator": self.gan.generator, "discriminator": self.gan.discriminator}
 
     def save(self, path: Path) -> None:
+        if self.ranks.rank:
+            return  # all ranks hold the same
         tensors = {
             **checkpoint.prefixed(self.gan.state_dict(), "gan"),
             **checkpoint.prefixed(self.ema.state_dict(), "ema"),
@@ -266,16 +275,19 @@ class Training:
         optimizer.zero_grad()
         sums: dict[str, float] = {}
         for part, some in enumerate(latents.chunk(parts)):
-            of_part = None if labels is None else labels.chunk(parts)[part].to(self.device)
+            of_part = None if labels is None else self.ranks.share(labels.chunk(parts)[part]).to(self.device)
             with _power_method_held(self.gan, part > 0):
-                found = terms(some.to(self.device), of_part)
+                found = terms(self.ranks.share(some).to(self.device), of_part)
                 self.scaler.scale(torch.stack(list(found.values())).sum() / parts).backward()
-            for term, value in found.items():
-                sums[term] = sums.get(term, 0.0) + value.item() / parts
+            values = torch.stack(list(found.values())).detach()
+            self.ranks.average([values])
+            for term, value in zip(found, values.tolist()):
+                sums[term] = sums.get(term, 0.0) + value / parts
         loss = sum(sums.values())
         check_finite(f"loss of the {name}", loss, self.step)
-        self.scaler.unscale_(optimizer)
         gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        self.ranks.average(gradients)
+        self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.get_total_norm(gradients).item()
         if not self.scaler.is_enabled():  # which leaves out a step whose gradients are not finite
             check_finite(f"norm of the gradients of the {name}", norm, self.step)
@@ -312,13 +324,16 @@ class Training:
 
     def _opened(self, stage: Stage) -> Batches:
         recipe = self.recipe
-        if stage.batch % recipe.accumulate:
-            raise ValueError(f"accumulate must divide the batch of {stage.batch}, got {recipe.accumulate}")
+        if stage.batch % (recipe.accumulate * self.ranks.count):
+            raise ValueError(
+                f"batch must be a multiple of {recipe.accumulate} parts times {self.ranks.count} processes, "
+                f"got {stage.batch}"
+            )
         images = open_images(recipe.data, stage.resolution, grey=recipe.grey)
         self.gan.config.check_data(images, conditional=recipe.conditional)
         return Batches(
             images, stage.batch // recipe.accumulate, recipe.seed, taken=self.shown, flip=recipe.flip,
-            workers=recipe.workers, on_error=recipe.on_error,
+            workers=recipe.workers, on_error=recipe.on_error, ranks=self.ranks,
         )  # fmt: skip
 
     def grid(self) -> Tensor:

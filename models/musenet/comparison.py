@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 import gdl_kernels
 from gdl_kernels._backends import Explanation
@@ -30,6 +31,10 @@ def chorale_tokens(context: int) -> list[int]:
         limit, before = 2 * limit, len(found)
 
 
+#: How many tokens a comparison decodes.
+DECODED = 16
+
+
 def problem(config: Config, tokens: list[int], batch: int, dtype: torch.dtype, device: str, seed: int) -> Problem:
     """The same model and input at every call.
 
@@ -44,6 +49,23 @@ def problem(config: Config, tokens: list[int], batch: int, dtype: torch.dtype, d
     def explain() -> list[Explanation]:
         shape = (batch, config.heads, config.context, head_dim)
         query = torch.empty(shape, device=device, dtype=dtype)
-        return [gdl_kernels.explain("sparse_attention", query, query, query, model.attention[0].layout)]
+        return [
+            gdl_kernels.explain("sparse_attention", query, query, query, model.attention[0].layout),
+            gdl_kernels.explain("positional_embedding", excerpts[:, :-1], model.embedding.weight),
+        ]
 
-    return Problem(model, lambda: model(excerpts[:, :-1]), lambda: bits_per_token(model, excerpts), explain)
+    # What comes before the last tokens is played once.
+    played = config.context - min(DECODED, config.context - 1)
+    cache = model.cache(batch)
+    with torch.inference_mode():
+        model(excerpts[:, :played], cache)
+
+    def decode() -> Tensor:
+        for layer in cache:
+            layer.reset(played)
+        return torch.cat([model(excerpts[:, i : i + 1], cache) for i in range(played, config.context)], 1)
+
+    def loss() -> Tensor:
+        return bits_per_token(model, excerpts)
+
+    return Problem(model, lambda: model(excerpts[:, :-1]), loss, explain, decode)

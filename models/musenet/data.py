@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import multiprocessing
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..atomic import replacing, writable
 from ..cache import cache_directory
 from .midi import VOICES
-from .tokens import TICKS_PER_BEAT, Note, Vocabulary
+from .tokens import TICKS_PER_BEAT, Note, Tempo, Vocabulary
 
 #: One piece in this many is held out.
 HELD_OUT = 10
@@ -31,11 +31,13 @@ PARSED_ALONE = 16
 
 @dataclass(frozen=True)
 class Piece:
-    """A chorale, and whether it is kept from training."""
+    """A piece, and whether it is kept from training."""
 
     name: str
     notes: tuple[Note, ...]
     held_out: bool
+    tempos: tuple[Tempo, ...] = ()
+    composer: str | None = None
 
 
 def chorales(limit: int | None = None, *, processes: int = 2) -> list[Piece]:
@@ -107,57 +109,12 @@ def _parse(source: Path) -> list[Note]:
     return sorted(notes)
 
 
+def encoded(piece: Piece, vocabulary: Vocabulary) -> Tensor:
+    """A piece as tokens: int32 ``(tokens,)``, as many may have to fit in memory."""
+    tokens = vocabulary.encode(piece.notes, tempos=piece.tempos, composer=piece.composer)
+    return torch.tensor(tokens, dtype=torch.int32)
+
+
 def stream(pieces: Sequence[Piece], vocabulary: Vocabulary) -> Tensor:
     """Pieces on end as one stream of tokens: int64 ``(tokens,)``."""
-    return torch.tensor([token for piece in pieces for token in vocabulary.encode(piece.notes)], dtype=torch.int64)
-
-
-class Excerpts:
-    """Endless random excerpts of pieces on end, each piece in a random key, for training.
-
-    Everything random comes from ``generator``: with its state saved, excerpts go on as if never interrupted.
-    """
-
-    #: Half an octave either way: every key, and no voice moves further than it must.
-    KEYS = range(-5, 7)
-
-    def __init__(
-        self, pieces: Sequence[Piece], vocabulary: Vocabulary, length: int, batch: int, generator: torch.Generator,
-        *, transpose: bool = True,
-    ) -> None:  # fmt: skip
-        if not pieces:
-            raise ValueError("pieces must be at least one, got none")
-        self.pieces = [stream([piece], vocabulary) for piece in pieces]
-        self.vocabulary, self.length, self.batch = vocabulary, length, batch
-        self.generator, self.transpose = generator, transpose
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Yields int64 ``(batch, length + 1)``: inputs are all but the last token, targets all but the first."""
-        while True:
-            yield torch.stack([self._excerpt() for _ in range(self.batch)])
-
-    def _excerpt(self) -> Tensor:
-        first = self._piece()
-        parts = [first[self._draw(len(first)) :]]
-        while sum(map(len, parts)) <= self.length:
-            parts.append(self._piece())
-        return torch.cat(parts)[: self.length + 1]
-
-    def _piece(self) -> Tensor:
-        piece = self.pieces[self._draw(len(self.pieces))]
-        return self.vocabulary.transpose(piece, self.KEYS[self._draw(len(self.KEYS))]) if self.transpose else piece
-
-    def _draw(self, count: int) -> int:
-        return int(torch.randint(count, (), generator=self.generator))
-
-
-def windows(tokens: Tensor, length: int, count: int) -> Tensor:
-    """The first ``count`` stretches of a stream, which follow each other: int64 ``(<= count, length + 1)``.
-
-    Raises:
-        ValueError: if the stream is shorter than one stretch.
-    """
-    fit = min(count, (len(tokens) - 1) // length)
-    if fit < 1:
-        raise ValueError(f"tokens must be at least {length + 1} for one stretch of {length}, got {len(tokens)}")
-    return tokens[: fit * length + 1].unfold(0, length + 1, length)
+    return torch.cat([encoded(piece, vocabulary) for piece in pieces]).long()

@@ -25,11 +25,13 @@ def layer_layouts(
 ) -> Sequence[Layout]:
     """The layout of each layer; layers with the same pattern share one.
 
-    ``stride`` is a multiple of 16, and divides ``context``.
+    ``stride`` is a multiple of 16 and of ``summary``, and divides ``context``.
     """
     if attention == "dense":
         return [layouts.causal(context)] * layers
-    size = next(size for size in (64, 32, 16) if stride % size == 0)  # blocks that end where runs end
+    # Blocks that end where runs end, and hold no other columns beside the summaries: on two cores of a Xeon at l = 128
+    # and c = 32, blocks of 64 take 1.7 times as long in training, and 2.7 times in decoding.
+    size = next((size for size in (64, 32, 16) if stride % size == 0 and summary % size == 0), 16)
     if attention == "merged":
         return [layouts.fixed(context, stride, summary, heads=heads, block_size=size)] * layers
     run = layouts.fixed(context, stride, summary, part="local", block_size=size)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gdl_kernels import layouts
 from gdl_kernels.integrations import transformers as hook
+from gdl_kernels.layouts import _named
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read as it is imported
 hf = pytest.importorskip("transformers", minversion="5.24", reason="transformers 5.24 or newer is not installed")
@@ -28,13 +29,13 @@ SIZES: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(hook, "_registered", {})
+    monkeypatch.setattr(_named, "_registered", {})
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # models as small as these are slower on several
     hook.register()
     yield
     hook.unregister()
-    hook._layout.cache_clear()
+    _named._built.cache_clear()
     torch.set_num_threads(threads)
 
 

@@ -39,7 +39,9 @@ def test_a_cut_off_file_is_named(path: Path, kept: int) -> None:
 
 
 def test_a_foreign_file_is_named(path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'kind\.2', got 'kind\.1'"):
+    with pytest.raises(ValueError, match=r"'other\.1', got 'kind\.1'"):
+        checkpoint.load(path, "other.1")
+    with pytest.raises(ValueError, match=r"another version, as 'kind\.1'; this one reads 'kind\.2': train anew"):
         checkpoint.load(path, "kind.2")
     save_file({"weight": torch.randn(2)}, path)
     with pytest.raises(ValueError, match=r"'kind\.1', got none") as error:

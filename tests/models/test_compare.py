@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 import gdl_kernels
+from gdl_kernels import _native
 from gdl_kernels._backends import Explanation
+from gdl_kernels.layouts import causal
 from models import report
 from models.__main__ import application
 from models.compare import Build, Comparison, Measurement, Problem, SideFailed, _Side, compare, errors
@@ -50,12 +53,14 @@ def test_musenet_agrees_with_itself_in_plain_pytorch(tmp_path: Path) -> None:
     assert figures["config"]["context"] == 256
     served = figures["backends"]["sparse_attention"]
     kernels = served["reference"] != "chosen"
-    for phase in ("forward", "training step"):
+    assert list(figures["phases"]) == ["forward", "decoding", "training step"]
+    for phase in figures["phases"]:
         measured = figures["phases"][phase]
         assert measured["reference"]["seconds"] > 0
         assert (measured["speedup"] is not None) == kernels
     if kernels:  # two different programs do not round alike: equal numbers would mean that the same one ran twice
         assert 0 < figures["output_error"] < 1e-5
+        assert 0 < figures["decoding_error"] < 1e-5
         assert 0 < figures["gradient_error"] < 1e-4
     else:
         assert "No kernel of ours served this" in result.output
@@ -67,6 +72,23 @@ def test_other_weights_are_a_disagreement() -> None:
     assert found.speedup("forward") is None
     assert found.output_error > 1e-3
     assert found.as_json()["agree"] is False
+    assert list(found.measured) == ["forward", "training step"]
+    assert found.decoding_error is None
+
+
+def decoding_problem() -> Problem:
+    """Decodes something else on our side."""
+    ours = gdl_kernels.explain("sparse_attention", *[torch.ones(1, 1, 1, 8)] * 3, causal(1)).verdicts["reference"]
+    decoded = torch.ones(6) * (1 if ours == "chosen" else 1.001)
+    return replace(random_problem(3), decode=lambda: decoded)
+
+
+@pytest.mark.skipif(bool(_native.missing("cpu")), reason="both sides would be the reference")
+def test_what_is_decoded_is_compared_too() -> None:
+    found = compare(decoding_problem, backend="cpu", repetitions=1)
+    assert found.decoding_error == pytest.approx(1e-3, rel=1e-3)
+    assert not found.agree
+    assert list(found.measured) == ["forward", "decoding", "training step"]
 
 
 def test_a_disagreement_ends_with_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,8 +185,6 @@ def test_bad_arguments_are_refused_before_anything_starts(arguments: dict, what:
 
 
 def test_a_backend_that_this_machine_lacks_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gdl_kernels import _native
-
     monkeypatch.setattr(_native, "missing", lambda backend: [f"no {backend} here"] if backend == "triton" else [])
     with pytest.raises(ValueError, match="backend must be one that this machine has, got 'triton': no triton here"):
         compare(failing_problem, backend="triton")
@@ -213,6 +233,7 @@ def test_the_backend_asked_for_is_the_one_that_is_explained() -> None:
     config = Config(vocabulary=2000, context=64, layers=1, heads=2, width=16, stride=32, summary=16)
     made = problem(config, list(range(65)), 2, torch.float32, "cpu", 0)
     with gdl_kernels.backend("reference"):
-        (explained,) = made.explain()
-    assert explained.verdicts["reference"] == "chosen"
+        explained = made.explain()
+    assert [e.op for e in explained] == ["sparse_attention", "positional_embedding"]
+    assert all(e.verdicts["reference"] == "chosen" for e in explained)
     assert made.forward().shape == (2, 64, 2000)

@@ -6,10 +6,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import torch
 
 from models.musenet import data
-from models.musenet.data import Excerpts, Piece, chorales, stream, windows
+from models.musenet.data import Piece, chorales
 from models.musenet.midi import VOICES
 from models.musenet.tokens import CHORALES
 
@@ -57,41 +56,6 @@ def test_the_cache_is_read_and_mended(pieces: list[Piece], monkeypatch: pytest.M
 def test_limit_must_be_positive() -> None:
     with pytest.raises(ValueError, match="limit"):
         chorales(0)
-
-
-def test_excerpts_go_on_from_a_saved_state(pieces: list[Piece]) -> None:
-    def excerpts(generator: torch.Generator) -> Excerpts:
-        return Excerpts(pieces, CHORALES, 100, 2, generator)
-
-    generator = torch.Generator().manual_seed(3)
-    drawn = iter(excerpts(generator))
-    next(drawn)
-    state = generator.get_state()
-    expected = next(drawn)
-    assert expected.shape == (2, 101)
-    restored = torch.Generator()
-    restored.set_state(state)
-    assert torch.equal(next(iter(excerpts(restored))), expected)
-
-
-def test_excerpts_are_music_in_every_key(pieces: list[Piece]) -> None:
-    source = stream(pieces[:1], CHORALES)
-    keys = {tuple(CHORALES.transpose(source, key)[:20].tolist()) for key in Excerpts.KEYS}
-    drawn = iter(Excerpts(pieces[:1], CHORALES, 3 * len(source), 1, torch.Generator().manual_seed(0)))
-    seen = set()
-    for _ in range(30):
-        (excerpt,) = next(drawn).tolist()
-        starts = [place for place, token in enumerate(excerpt[:-20]) if token == CHORALES.start]
-        seen |= {tuple(excerpt[place : place + 20]) for place in starts}
-    assert seen == keys
-    assert len(keys) == 12
-
-
-def test_windows_follow_each_other() -> None:
-    tokens = torch.arange(24)
-    assert windows(tokens, 10, 5).tolist() == [list(range(11)), list(range(10, 21))]
-    with pytest.raises(ValueError, match="at least 25"):
-        windows(tokens, 24, 1)
 
 
 def test_the_cache_is_where_it_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

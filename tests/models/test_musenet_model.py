@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import gdl_kernels
 from models.musenet.model import PRESETS, Config, MuseNet, bits_per_token, preset
 from models.musenet.patterns import ATTENTION, Attention, layer_layouts
+from models.musenet.places import ROWS, Places
 
 CONFIG = Config(vocabulary=60, context=160, layers=2, heads=6, width=48, stride=32, summary=8)
 
@@ -126,11 +127,95 @@ def test_recompute_gives_the_same_gradients() -> None:
         assert torch.equal(plain, recomputed)
 
 
+PLACED = dict.fromkeys(ROWS, True)
+
+
+def places(*shape: int, seed: int = 2) -> Places:
+    generator = torch.Generator().manual_seed(seed)
+    return Places(*(torch.randint(rows, shape, generator=generator) for rows in ROWS.values()))
+
+
+def test_a_row_of_each_table_is_added_to_the_embedding() -> None:
+    model, given, placed = build("merged", **PLACED), tokens(2, 100), places(2, 100)
+    plain = build("merged")
+    weights = model.state_dict()
+    plain.load_state_dict({name: weight for name, weight in weights.items() if not name.startswith("places.")})
+
+    def add(module: nn.Module, inputs: object, embedded: Tensor) -> Tensor:
+        return embedded + sum(weights[f"places.{name}.weight"][rows] for name, rows in placed._asdict().items())
+
+    before = plain(given)
+    plain.embedding.register_forward_hook(add)
+    torch.testing.assert_close(model(given, places=placed), plain(given), rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(before, plain(given))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_each_place_can_be_had_alone(name: str) -> None:
+    model = build("merged", **{name: True})
+    assert {table for table in model.state_dict() if "places" in table} == {f"places.{name}.weight"}
+    given, placed = tokens(1, 50), places(1, 50)
+    others = places(1, 50, seed=3)
+    assert torch.equal(
+        model(given, places=placed), model(given, places=others._replace(**{name: getattr(placed, name)}))
+    )
+    assert not torch.equal(model(given, places=placed), model(given, places=others))
+
+
+def test_a_new_model_has_no_opinion_of_places() -> None:
+    torch.manual_seed(0)
+    model = MuseNet(replace(CONFIG, **PLACED))
+    given = tokens(1, 60)
+    assert torch.equal(model(given, places=places(1, 60)), model(given, places=places(1, 60, seed=3)))
+    bits_per_token(model, given, places(1, 60)).backward()
+    for name in ROWS:
+        met = getattr(places(1, 60), name)[0, :-1].unique()
+        rows = model.places[name].weight.grad.abs().sum(1)
+        assert (rows[met] > 0).all()
+        assert (rows > 0).sum() == len(met)
+
+
+def test_cached_decoding_with_places_is_the_full_forward() -> None:
+    model, given, placed = build("merged", **PLACED), tokens(2, 60), places(2, 60)
+    with torch.no_grad():
+        full, cache = model(given, places=placed), model.cache(batch=2)
+        parts = [model(given[:, a:b], cache, places=placed.span(a, b)) for a, b in ((0, 40), (40, 41), (41, 60))]
+    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=1e-9, atol=1e-9)
+
+
+def test_places_that_do_not_fit_are_refused() -> None:
+    model, given, placed = build("merged", elapsed=True, part=True), tokens(1, 20), places(1, 20)
+    with pytest.raises(ValueError, match="places must be given: the model has embeddings of elapsed, part"):
+        model(given)
+    with pytest.raises(ValueError, match=r"places\.part must be like tokens, \(1, 20\), got \(1, 19\)"):
+        model(given, places=placed._replace(part=placed.part[:, 1:]))
+    with pytest.raises(ValueError, match=r"places\.part must be from 0 to 128, got 129"):
+        model(given, places=placed._replace(part=placed.part + 129 - placed.part.max()))
+    with pytest.raises(ValueError, match=r"places\.elapsed must be from 0 to 2047, got -1"):
+        model(given, places=placed._replace(elapsed=placed.elapsed - placed.elapsed.min() - 1))
+
+
+def test_65536_positions_train_in_one_layer() -> None:
+    config = replace(
+        CONFIG, context=65536, layers=1, heads=1, width=16, stride=512, summary=16, recompute=True, **PLACED
+    )
+    torch.manual_seed(0)
+    model = MuseNet(config)
+    given, placed = tokens(1, 65537), places(1, 65537)
+    before = bits_per_token(model, given, placed)
+    before.backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer.step()
+    with torch.no_grad():
+        assert bits_per_token(model, given, placed) < before
+
+
 def test_presets_are_what_they_are_called() -> None:
     config = preset("musenet", 100, dropout=0.1, layers=None)
     assert (config.layers, config.heads, config.context, config.vocabulary) == (72, 24, 4096, 100)
     assert config.dropout == 0.1
     assert all(config.width % config.heads == 0 for config in PRESETS.values())
+    assert all(config.places == tuple(ROWS) for config in PRESETS.values())
     with pytest.raises(ValueError, match="tiny, small, musenet"):
         preset("huge", 100)
 
@@ -151,3 +236,11 @@ def test_a_shape_that_does_not_fit_is_refused(field: str, value: object) -> None
 def test_tokens_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"^tokens must"):
         build("merged")(tokens(*shape))
+
+
+@pytest.mark.parametrize("wrong", [-1, CONFIG.vocabulary])
+def test_a_token_that_is_none_is_refused(wrong: int) -> None:
+    given = tokens(1, 20)
+    given[0, 7] = wrong
+    with pytest.raises(ValueError, match=rf"^tokens\[0, 7\] must be from 0 to 59, .* got {wrong}"):
+        build("merged")(given)

@@ -2,40 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 from typer.testing import CliRunner
+from typer.testing import Result as CliResult
 
 from models import checkpoint
 from models.__main__ import application
+from models.drawing import Drawing, streams
 from models.musenet.data import Piece
 from models.musenet.midi import read_midi, write_midi
 from models.musenet.model import Config, MuseNet
 from models.musenet.pianoroll import draw_piano_roll
-from models.musenet.sampling import draw, sample
-from models.musenet.tokens import CHORALES, TICKS_PER_BEAT, Note
-from models.musenet.training import KIND, Recipe
+from models.musenet.places import batched, of_piece
+from models.musenet.recipe import Recipe
+from models.musenet.sampling import sample
+from models.musenet.statistics import Statistics
+from models.musenet.tokens import CHORALES, TICKS_PER_BEAT, Note, Tempo, Vocabulary
+from models.musenet.training import KIND, Trained
+
+#: 264 tokens: start, end, six waits, and the beginnings and ends of 128 pitches.
+TINY = Vocabulary(instruments=("flute",), longest_wait=6)
+
+
+@pytest.fixture(autouse=True)
+def no_synthesizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is installed on this machine is the affair of the tests of audio."""
+    monkeypatch.setattr("models.musenet.audio.shutil.which", lambda program: None)
 
 
 @pytest.fixture
 def model() -> MuseNet:
     torch.manual_seed(7)
-    return MuseNet(Config(vocabulary=40, context=64, layers=2, heads=2, width=32, stride=32, summary=16)).eval()
+    config = Config(vocabulary=len(TINY), context=64, layers=2, heads=2, width=32, stride=32, summary=16)
+    return MuseNet(config).eval()
 
 
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def alone(model: MuseNet, prompt: list[int], seed: int = 0, **arguments: Any) -> Iterator[int]:
+    """The tokens of one piece."""
+    return (step[0] for step in sample(model, TINY, prompt, generators=streams(seed, 1), **arguments))
 
 
 def test_the_likeliest_tokens_are_those_of_the_full_forward(model: MuseNet) -> None:
     tokens = [3, 1, 4, 1, 5]
-    drawn = list(sample(model, tokens, temperature=0))
+    with torch.no_grad():
+        model.embedding.weight[TINY.end] = 0  # never the likeliest
+    drawn = list(alone(model, tokens, drawing=Drawing(temperature=0)))
     assert len(drawn) == 64 - 5 + 1  # the last token drawn has no place in the context, and needs none
     for token in drawn[:20]:
         with torch.no_grad():
@@ -44,48 +63,55 @@ def test_the_likeliest_tokens_are_those_of_the_full_forward(model: MuseNet) -> N
 
 
 def test_a_seed_decides_the_piece(model: MuseNet) -> None:
-    first, again, other = (list(islice(sample(model, [0], generator=seeded(s)), 30)) for s in (1, 1, 2))
+    first, again, other = (list(islice(alone(model, [0], seed), 30)) for seed in (1, 1, 2))
     assert first == again != other
 
 
-def test_drawing_follows_temperature_and_top_k() -> None:
-    logits = torch.tensor([0.3, 2.0, -1.0, 1.2, 0.7])
-    for temperature, top_k in ((1.0, 5), (0.5, 3), (2.0, 2)):
-        weights: Tensor = (logits / temperature).softmax(0)
-        weights[weights < weights.topk(top_k).values[-1]] = 0
-        generator = seeded(0)
-        counts = torch.zeros(5)
-        for _ in range(4000):
-            counts[draw(logits, temperature, top_k, generator)] += 1
-        # Four standard deviations of a share of 4000 draws.
-        torch.testing.assert_close(counts / 4000, weights / weights.sum(), rtol=0, atol=0.032)
-        assert (counts > 0).sum() == top_k
+@pytest.mark.parametrize("places", [False, True])
+def test_a_piece_is_the_same_whatever_others_are_drawn_beside_it(model: MuseNet, places: bool) -> None:
+    """Each ends by itself, and the rest go on in a smaller batch; so in float64, where no rounding turns a draw."""
+    if places:
+        model = MuseNet(replace(model.config, elapsed=True, chord=True, part=True, countdown=True)).eval()
+        for table in model.places.parameters():
+            torch.nn.init.normal_(table)
+    model.double()
+    with torch.no_grad():  # ends as likely as one of twenty
+        model.norm.bias[0] = 4
+        model.embedding.weight[TINY.end, 0] = 0.75
+    together: list[list[int]] = [[] for _ in range(5)]
+    for step in sample(model, TINY, [0, 5, 9], generators=streams(11, 5), length=40):
+        for piece, token in step.items():
+            together[piece].append(token)
+    for piece, tokens in enumerate(together):
+        assert tokens == list(alone(model, [0, 5, 9], 11 + piece, length=40))
+        assert (tokens[-1] == TINY.end) == (len(tokens) < 64 - 3 + 1)
+        assert TINY.end not in tokens[:-1]
+    assert len({len(tokens) for tokens in together}) > 2
 
 
-@pytest.mark.parametrize("temperature", [1e-5, 1e-38, 1e-320])
-def test_the_lowest_temperatures_draw_the_likeliest(temperature: float) -> None:
-    logits = torch.tensor([30.0, -50.0, 90.0, 89.9])
-    assert {draw(logits, temperature, 4, seeded(seed)) for seed in range(20)} == {2}
-
-
-@pytest.mark.parametrize("temperature", [0, 1.0])
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_a_model_that_has_diverged_draws_nothing(temperature: float, wrong: float) -> None:
-    with pytest.raises(ValueError, match="not finite"):
-        draw(torch.tensor([0.5, wrong, 1.0]), temperature, 2, seeded(0))
+def test_the_places_of_what_is_drawn_are_those_of_a_whole_piece(model: MuseNet) -> None:
+    model = MuseNet(replace(model.config, elapsed=True, chord=True, part=True, countdown=True)).eval()
+    for table in model.places.parameters():
+        torch.nn.init.normal_(table)
+    tokens = [0, 5, 20, 30]
+    drawn = list(islice(alone(model, tokens, drawing=Drawing(temperature=0), length=33), 20))
+    whole = torch.tensor([*tokens, *drawn])
+    with torch.no_grad():
+        logits = model(whole[None], places=batched([of_piece(TINY, whole, length=33)]))[0]
+    assert logits.argmax(-1)[len(tokens) - 1 : -1].tolist() == drawn
 
 
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        ({"prompt": []}, "prompt"), ({"prompt": [0] * 64}, "prompt"), ({"prompt": [40]}, "prompt"),
-        ({"temperature": -0.1}, "temperature"), ({"temperature": float("nan")}, "temperature"),
-        ({"top_k": 0}, "top_k"), ({"top_k": 41}, "top_k"),
+        ({"prompt": []}, "prompt"), ({"prompt": [0] * 64}, "prompt"), ({"prompt": [len(TINY)]}, "prompt"),
+        ({"drawing": Drawing(top_k=len(TINY) + 1)}, "top_k"), ({"generators": []}, "generators"),
+        ({"length": 0}, "length"), ({"vocabulary": CHORALES}, "vocabulary"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_refused_before_a_token_is_drawn(model: MuseNet, arguments: dict, what: str) -> None:
     with pytest.raises(ValueError, match=f"^{what} must"):
-        sample(model, **{"prompt": [0], **arguments})
+        sample(model, **{"vocabulary": TINY, "prompt": [0], "generators": streams(0, 1), **arguments})
 
 
 def test_the_command_writes_music_and_its_picture(tmp_path: Path) -> None:
@@ -95,10 +121,74 @@ def test_the_command_writes_music_and_its_picture(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "noise, not music" in result.output
     assert sorted(path.name for path in out.parent.iterdir()) == ["piece.one.mid", "piece.one.png"]
-    notes = read_midi(out.with_name("piece.one.mid"))
+    notes = read_midi(out.with_name("piece.one.mid")).notes
     assert f"{len(notes)} notes" in result.output
     with Image.open(out.with_name("piece.one.png")) as picture:
         assert min(picture.size) > 300
+
+
+def test_several_pieces_are_those_of_their_seeds(tmp_path: Path) -> None:
+    arguments = ["sample", "musenet", "--untrained", "--length", "60", "--top-k", "900", "--top-p", "0.95"]
+
+    def written(name: str, *more: str) -> CliResult:
+        result = CliRunner().invoke(application(), [*arguments, "--out", str(tmp_path / name), *more])
+        assert result.exit_code == 0, result.output
+        return result
+
+    result = written("many.mid", "--pieces", "3")
+    names = [f"many-{piece}.{kind}" for piece in (1, 2, 3) for kind in ("mid", "png")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert all(str(tmp_path / name) in result.output for name in names)
+    written("one")
+    assert read_midi(tmp_path / "one.mid") == read_midi(tmp_path / "many-1.mid") != read_midi(tmp_path / "many-2.mid")
+
+
+def test_a_piece_without_a_note_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    music = CHORALES.encode([Note(0, 24, "bass", 48)])[1:]
+
+    def draw(*_: object, **__: object) -> Iterator[dict[int, int]]:
+        yield {0: CHORALES.end, 1: music[0]}
+        yield from ({1: token} for token in music[1:])
+
+    monkeypatch.setattr("models.musenet.sampling.sample", draw)
+    arguments = ["sample", "musenet", "--untrained", "--pieces", "2", "--out", str(tmp_path / "piece")]
+    result = CliRunner().invoke(application(), arguments)
+    assert result.exit_code == 0, result.output
+    assert "piece 1: not one note in 1 tokens" in result.output
+    assert "1 notes, 1 beats, 4 tokens, ended by itself" in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["piece-2.mid", "piece-2.png"]
+
+
+def test_conditions_are_what_a_piece_begins_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Composer, instruments and tempo, of a checkpoint that knows them; of a prompt its own instruments."""
+    vocabulary = Vocabulary(
+        instruments=("piano", "strings"), tempos=(60, 90, 120), composers=("bach", "satie"), instrumentation=True
+    )
+    config = Config(vocabulary=len(vocabulary), context=64, layers=1, heads=2, width=16, stride=32, summary=16)
+    monkeypatch.setattr(
+        "models.musenet.training.load_model", lambda path: Trained(MuseNet(config).eval(), vocabulary, corpus)
+    )
+    corpus = Statistics(in_key=0.87, pitch_class_entropy=2.96, length=1.25, length_entropy=1.5)
+    begun = []
+
+    def draw(*arguments: Any, **_: object) -> Iterator[dict[int, int]]:
+        begun.append([vocabulary.name(token) for token in arguments[2]])
+        yield from ({0: token} for token in vocabulary.encode([Note(0, 24, "piano", 48)])[1:])
+
+    monkeypatch.setattr("models.musenet.sampling.sample", draw)
+    arguments = ["sample", "musenet", "--checkpoint", "x", "--out", str(tmp_path / "piece"), "--composer", "satie"]
+    instruments = ["--instrument", "strings", "--instrument", "piano"]
+    result = CliRunner().invoke(application(), [*arguments, *instruments, "--tempo", "100"])
+    assert result.exit_code == 0, result.output
+    assert begun.pop() == ["start", "by:satie", "with:piano", "with:strings", "tempo:90"]
+    assert "in C major 100% (87%), beats a note 1.00 (1.25); entropies: pitch classes 0.00 (2.96)" in result.output
+    assert read_midi(tmp_path / "piece.mid").tempos == [Tempo(0, pytest.approx(90))]
+
+    write_midi([Note(0, 24, "strings", 60)], tmp_path / "prompt.mid", beats_per_minute=61)
+    for tempo, said in (([], "tempo:60"), (["--tempo", "200"], "tempo:120")):
+        result = CliRunner().invoke(application(), [*arguments, "--prompt", str(tmp_path / "prompt.mid"), *tempo])
+        assert result.exit_code == 0, result.output
+        assert begun.pop()[:4] == ["start", "by:satie", "with:strings", said]
 
 
 def test_a_prompt_is_gone_on_with(pieces: list[Piece], tmp_path: Path) -> None:
@@ -108,7 +198,7 @@ def test_a_prompt_is_gone_on_with(pieces: list[Piece], tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "whole"), "--top-k", "900"]
     result = CliRunner().invoke(application(), [*arguments, *out])
     assert result.exit_code == 0, result.output
-    notes = read_midi(tmp_path / "whole.mid")
+    notes = read_midi(tmp_path / "whole.mid").notes
     ended = max(note.end for note in opening)
     assert [note for note in notes if note.start < ended] == sorted(opening)
     assert any(note.start >= ended for note in notes)
@@ -155,12 +245,17 @@ def test_a_typed_suffix_is_not_doubled(tmp_path: Path, typed: str) -> None:
 def test_a_small_context_is_filled(model: MuseNet, tmp_path: Path, length: list[str]) -> None:
     config = replace(model.config, vocabulary=len(CHORALES))
     path = tmp_path / "small.safetensors"
-    about = {"step": 1, "config": asdict(config), "vocabulary": asdict(CHORALES), "recipe": asdict(Recipe())}
+    about = {
+        "config": asdict(config),
+        "vocabulary": asdict(CHORALES),
+        "recipe": asdict(Recipe()),
+        "corpus": None,
+    }
     endless = MuseNet(config)
     with torch.no_grad():  # a logit of about -81
         endless.norm.bias[0] = 9
         endless.embedding.weight[CHORALES.end, 0] = -9
-    checkpoint.save(path, KIND, checkpoint.prefixed(endless.state_dict(), "model"), about)
+    checkpoint.save(path, KIND, checkpoint.prefixed(endless.state_dict(), "average.module"), about)
     arguments = ["sample", "musenet", "--checkpoint", str(path), "--out", str(tmp_path / "piece"), "--top-k", "900"]
     result = CliRunner().invoke(application(), [*arguments, *length])
     assert result.exit_code == 0, result.output
@@ -197,6 +292,13 @@ def test_music_without_its_picture_is_not_left_behind(tmp_path: Path, monkeypatc
         (["--untrained", "--tempo", "nan"], "tempo must be from 4 to 1000, got nan"),
         (["--checkpoint", "absent"], "absent: there is no such file"),
         (["--untrained", "--temperature", "-1"], "temperature must be"),
+        (["--untrained", "--top-p", "1.2"], "top_p must be above 0 and at most 1, got 1.2"),
+        (["--untrained", "--top-k", "100000"], "top_k must be from 1 to"),
+        (["--untrained", "--pieces", "0"], "pieces must be at least 1, got 0"),
+        (["--untrained", "--composer", "bach"], "composer must be one of none"),
+        (["--untrained", "--instrument", "tuba"], "instruments can't be asked for"),
+        (["--untrained", "--prompt", "x.mid", "--instrument", "tuba"], "--instrument can't be given with --prompt"),
+        (["--untrained", "--soundfont", "absent.sf2"], "absent.sf2: there is no such soundfont"),
     ],
 )
 def test_what_the_command_can_not_do_it_says(tmp_path: Path, arguments: list[str], why: str) -> None:

@@ -42,6 +42,19 @@ def test_gain_and_bias_are_linear_in_the_condition() -> None:
     assert repr(module).startswith("ConditionalBatchNorm2d(\n  5, eps=0.001, momentum=0.2, track_running_stats=True\n")
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_gain_and_bias_may_be_computed_elsewhere(training: bool) -> None:
+    one, other = (ConditionalBatchNorm2d(5, 7, momentum=None).train(training) for _ in range(2))
+    other.load_state_dict(one.state_dict())
+    for _ in range(2):
+        x, condition = images(), torch.randn(6, 7)
+        gain_and_bias = condition @ torch.cat([one.gain.weight, one.bias.weight]).T
+        torch.testing.assert_close(
+            other.normalize(x, 1 + gain_and_bias[:, :5], gain_and_bias[:, 5:]), one(x, condition)
+        )
+    torch.testing.assert_close(dict(other.named_buffers()), dict(one.named_buffers()))
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("track_running_stats", [True, False])
 def test_with_classes_it_starts_as_torchs_batch_norm(momentum: float | None, track_running_stats: bool) -> None:

@@ -35,7 +35,7 @@ def _call(
         batch, heads, kv_heads, n_q, n_k, head_dim, value_dim,
         n_layout_q, n_layout_k, splits.shape[0], block_size, order.shape[0], start,
     )  # fmt: skip
-    addresses = tuple(t.data_ptr() for t in layout)
+    addresses = tuple(map(Tensor.data_ptr, layout))
     padding_address = 0 if padding is None else padding.data_ptr()
     seed_value = 0 if seed is None else int(seed)
     call = (shape, addresses, padding_address, scale, dropout_p, seed_value, torch.get_num_threads())
@@ -57,7 +57,9 @@ def forward(
 ) -> None:  # fmt: skip
     out, lse = outputs
     start, n_seen = _start(query, key, sizes, query_start, start_tensor)
-    key, value, padding = key[:, :, :n_seen], value[:, :, :n_seen], _padding(key_padding_mask, n_seen)
+    if n_seen < key.shape[2]:  # not so in decoding, where each microsecond is one of each layer and token
+        key, value = key[:, :, :n_seen], value[:, :, :n_seen]
+    padding = _padding(key_padding_mask, n_seen)
     _native.cpu_module().sparse_attention_forward(
         *_call(query, value, padding, layout, sizes, scale, start, dropout_p, seed),
         _tensor(query), _tensor(key), _tensor(value), _tensor(out), lse.data_ptr(),
