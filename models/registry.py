@@ -27,17 +27,12 @@ class Model:
 
 
 MODELS = (
-<<<<<<< HEAD
-    Model("musenet", "a Sparse Transformer that writes Bach chorales", "MuseNet 2019; arXiv 1904.10509"),
-    Model("progan", "a GAN that grows from 4×4 pixels, layer by layer", "arXiv 1710.10196"),
-    Model("sagan", "a GAN with self-attention and spectral norm", "arXiv 1805.08318"),
-    Model("stylegan", "a GAN that grows, with a style for every layer and noise", "arXiv 1812.04948"),
-=======
     Model("transformer", "an encoder and decoder that write a bass below a melody", "arXiv 1706.03762"),
     Model("musenet", "a Sparse Transformer that writes music", "MuseNet 2019; arXiv 1904.10509"),
     Model("bert", "an encoder that tells hidden words", "arXiv 1810.04805"),
     Model("gpt2", "a decoder that goes on with a text", "GPT-2 2019"),
+    Model("progan", "a GAN that grows from 4×4 pixels, layer by layer", "arXiv 1710.10196"),
     Model("sagan", "a GAN with self-attention and spectral norm", "arXiv 1805.08318"),
     Model("biggan", "a class-conditional GAN with a shared class embedding, and its deep variant", "arXiv 1809.11096"),
->>>>>>> main
+    Model("stylegan", "a GAN that grows, with a style for every layer and noise", "arXiv 1812.04948"),
 )
