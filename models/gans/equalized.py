@@ -57,10 +57,11 @@ class EqualizedConv2d(nn.Module):
 
     def forward(self, x: Tensor, *, downsampled: bool = False) -> Tensor:
         """``(N, inputs, H, W)`` to ``(N, outputs, H, W)``, or half of these. ``downsampled`` is for 3×3."""
-        if x.numel() < self.weight.numel():  # the smaller is multiplied
-            x, weight = x * self.scale, self.weight
+        weight: Tensor = self.weight
+        if x.numel() < weight.numel():  # the smaller is multiplied
+            x = x * self.scale
         else:
-            weight = self.weight * self.scale
+            weight = weight * self.scale
         if downsampled:
             return downsampled_conv(x, weight, self.bias)
         return F.conv2d(x, weight, self.bias, padding=self.weight.shape[-1] // 2)

@@ -72,5 +72,5 @@ class _Blur(torch.autograd.Function):
         return F.conv2d(x, (line[:, None] * line).expand(channels, 1, 3, 3), padding=1, groups=channels)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return _Blur.apply(gradient)
