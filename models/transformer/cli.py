@@ -62,7 +62,7 @@ def compare(
 def train(
     ctx: typer.Context,
     out: commands.Out = Path("runs/transformer"),
-    steps: commands.Steps = 1500,
+    steps: commands.Steps = 9000,
     resume: commands.Resume = False,
     save_every: commands.SaveEvery = 100,
     preset: Annotated[str, Option(help="tiny, base or big.")] = "tiny",

@@ -73,7 +73,7 @@ class Config:
 
 
 PRESETS = {
-    "tiny": Config(1, 1, encoder_layers=2, decoder_layers=2, heads=4, width=128, hidden=512),
+    "tiny": Config(1, 1, encoder_layers=2, decoder_layers=2, heads=4, width=64, hidden=256, norm="pre"),
     "base": Config(1, 1),
     "big": Config(1, 1, heads=16, width=1024, hidden=4096, dropout=0.3),
 }

@@ -41,13 +41,13 @@ class Recipe:
     """
 
     pieces: int | None = None
-    length: int = 256
+    length: int = 128
     batch: int = 16
     rate: float = 0.5
-    warmup: int = 400
+    warmup: int = 200
     smoothing: float = 0.1
     forget: float = 0.4
-    evaluate: int = 100
+    evaluate: int = 200
     transpose: bool = True
     seed: int = 0
 
