@@ -216,7 +216,7 @@ def test_sample_writes_a_bass_for_a_melody(trained: Path, tmp_path: Path) -> Non
     result = invoke("sample", "transformer", "--checkpoint", trained, "--melody", tmp_path / "song.mid", "--out", out)
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in out.parent.iterdir()) == ["piece.one.mid", "piece.one.png"]
-    notes = read_midi(out.with_name("piece.one.mid"))
+    notes = read_midi(out.with_name("piece.one.mid")).notes
     assert [note for note in notes if note.instrument == "soprano"] == melody
     bass = [note for note in notes if note.instrument == "bass"]
     assert f"8 notes of melody, {len(bass)} of bass, 8 beats" in result.output
