@@ -13,9 +13,15 @@ from ..atomic import replacing
 #: Images are enlarged by a whole factor to about this many pixels, so that 16×16 can be looked at.
 LEGIBLE = 64
 
+#: Pixels of grey between images, before they are enlarged: else strokes run from one image into the next.
+GAP = 1
+
 
 def tiled(images: Tensor, columns: int) -> Tensor:
-    """``(N, C, H, W)`` in [-1, 1] as one uint8 ``(C, rows * H, columns * W)``, row by row; what is left over is black.
+    """``(N, C, H, W)`` in [-1, 1] as one uint8 image, row by row, with :data:`GAP` between; what is left over is black.
+
+    Returns:
+        ``(C, rows * (H + GAP) - GAP, columns * (W + GAP) - GAP)``.
 
     Raises:
         ValueError: if ``images`` are not ``(N, 1 or 3, H, W)`` with at least one, or ``columns`` is less than 1.
@@ -26,10 +32,11 @@ def tiled(images: Tensor, columns: int) -> Tensor:
         raise ValueError(f"columns must be at least 1, got {columns}")
     count, channels, height, width = images.shape
     rows = -(-count // columns)
-    pixels = images.new_full((rows * columns, channels, height, width), -1)
-    pixels[:count] = images
-    pixels = pixels.view(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4)
-    pixels = pixels.reshape(channels, rows * height, columns * width)
+    pixels = images.new_zeros(rows * columns, channels, height + GAP, width + GAP)
+    pixels[:, :, :height, :width] = -1
+    pixels[:count, :, :height, :width] = images
+    pixels = pixels.view(rows, columns, channels, height + GAP, width + GAP).permute(2, 0, 3, 1, 4)
+    pixels = pixels.reshape(channels, rows * (height + GAP), columns * (width + GAP))[:, :-GAP, :-GAP]
     return (pixels.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).cpu()
 
 

@@ -37,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "seed 0" in said
     assert "images/s" in said
     with Image.open(folder / "samples" / "0000002.png") as picture:
-        assert picture.size == (10 * 64, 8 * 64)  # a column for each class
+        assert picture.size == (10 * 68 - 4, 8 * 68 - 4)  # a column for each class
     return folder / "checkpoint.safetensors"
 
 
@@ -86,7 +86,7 @@ def test_broken_images_are_summed_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("picture", "size"), [("samples", (16 * 4 * 3, 16 * 4 * 2)), ("interpolation", (16 * 4 * 3, 16 * 4 * 2))]
+    ("picture", "size"), [("samples", (3 * 68 - 4, 2 * 68 - 4)), ("interpolation", (3 * 68 - 4, 2 * 68 - 4))]
 )
 def test_pictures_are_drawn(trained: Path, tmp_path: Path, picture: str, size: tuple[int, int]) -> None:
     out = tmp_path / "drawn.png"

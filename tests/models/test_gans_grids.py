@@ -14,13 +14,15 @@ from models.gans.grids import between, tiled, write_grid
 def test_images_lie_row_by_row() -> None:
     images = torch.linspace(-1, 1, 5)[:, None, None, None].expand(5, 3, 2, 3)
     pixels = tiled(images, 3)
-    assert pixels.shape == (3, 4, 9)
+    assert pixels.shape == (3, 2 * 3 - 1, 3 * 4 - 1)
     assert pixels.dtype == torch.uint8
-    assert pixels[0, ::2, ::3].tolist() == [[0, 64, 128], [191, 255, 0]]  # the last place has no image
+    assert pixels[0, ::3, ::4].tolist() == [[0, 64, 128], [191, 255, 0]]  # the last place has no image
+    assert (pixels[:, 2] == 128).all()  # between the rows
+    assert (pixels[:, :, 3::4] == 128).all()
 
 
 def test_beyond_the_range_is_black_or_white() -> None:
-    assert tiled(torch.tensor([-3.0, 3.0]).view(2, 1, 1, 1), 2).tolist() == [[[0, 255]]]
+    assert tiled(torch.tensor([-3.0, 3.0]).view(2, 1, 1, 1), 2).tolist() == [[[0, 128, 255]]]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -28,9 +30,9 @@ def test_a_picture_has_the_pixels_enlarged(tmp_path: Path, channels: int) -> Non
     images = torch.rand(4, channels, 16, 16) * 2 - 1
     write_grid(tmp_path / "a.png", images, 2)
     with Image.open(tmp_path / "a.png") as picture:
-        assert picture.size == (2 * 16 * 4, 2 * 16 * 4)
-        small = picture.resize((32, 32), Image.Resampling.NEAREST)
-        found = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(32, 32, channels).permute(2, 0, 1)
+        assert picture.size == (33 * 4, 33 * 4)
+        small = picture.resize((33, 33), Image.Resampling.NEAREST)
+        found = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(33, 33, channels).permute(2, 0, 1)
     assert torch.equal(found, tiled(images, 2))
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 

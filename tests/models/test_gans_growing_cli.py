@@ -50,7 +50,7 @@ def test_it_draws(trained: tuple[str, Path], picture: str, rows: int, columns: i
         return
     assert result.exit_code == 0, result.output
     with Image.open(out) as image:
-        assert image.size == (columns * 64, rows * 64)
+        assert image.size == (columns * 72 - 8, rows * 72 - 8)
 
 
 def test_what_can_not_be_drawn_is_named(trained: tuple[str, Path]) -> None:
