@@ -336,11 +336,14 @@ def _layout_of(entry: dict[str, Any] | None, seen: _Seen, query: Tensor, key: Te
     return layout if window is None else _windowed(layout, window, seen.causal)
 
 
+# As in layouts.named: what inference mode builds has to serve training, too.
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _full(n_q: int, n_k: int, device: torch.device) -> Layout:
     return layouts.full(n_q, n_k).to(device)
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _windowed(layout: Layout, window: int, causal: bool) -> Layout:
     return layout & layouts.local(layout.n_k, window, causal=causal, block_size=layout.block_size).to(layout.device)

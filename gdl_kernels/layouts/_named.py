@@ -98,12 +98,15 @@ def check_entry(entry: Any, argument: str = "entry") -> None:
         raise ValueError(f"{argument} must not say 'causal': the model does; got {entry!r}")
 
 
+# What is built while decoding in inference mode has to serve training, too: autograd keeps no inference tensors.
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _dense(n: int, causal: bool, device: torch.device) -> Layout:
     return (dense_causal(n) if causal else full(n)).to(device)
 
 
 @lru_cache(maxsize=64)  # by the function too: a name may be given to another
+@torch.inference_mode(False)
 def _built(
     pattern: Pattern, name: str, arguments: str, n: int, causal: bool, device: torch.device, argument: str
 ) -> Layout:

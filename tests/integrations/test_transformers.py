@@ -274,6 +274,20 @@ def test_trains_and_recomputes() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "entry"), [("gpt2", None), ("gpt2", {"pattern": "local", "window": 9}), ("bert", None), ("mistral", None)]
+)
+def test_trains_on_layouts_that_inference_mode_has_built(name: str, entry: Any) -> None:
+    for cache in (_named._dense, _named._built, hook._full, hook._windowed):
+        cache.cache_clear()
+    model, _ = pair(MODELS[name], gdl_layout=entry)
+    ids = tokens()
+    with torch.inference_mode():
+        model(input_ids=ids)
+    model(input_ids=ids).logits.sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "attn" in n)
+
+
 def test_dropout_is_that_of_the_config_in_training_only() -> None:
     ours, _ = pair(gpt2, attn_pdrop=0.5)
     ids = tokens()
