@@ -233,7 +233,7 @@ def test_an_intersection_may_be_causal_where_neither_is() -> None:
 
 
 def test_masks_that_share_a_hash_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "randint", lambda low, high, shape, generator: torch.zeros(*shape, dtype=torch.int64))
+    monkeypatch.setattr(torch, "randint", lambda low, high, shape, **_: torch.zeros(*shape, dtype=torch.int64))
     words = torch.tensor([[[3], [5]], [[7], [1]], [[3], [5]]], dtype=torch.int32)
     table, index = _masks.distinct(words)
     assert len(table) == 2
