@@ -26,6 +26,16 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
 
 
+#: The GANs of their papers and, for its width, a tenth of MuseNet's layers: plain PyTorch has to hold its scores too.
+PUBLISHED = {
+    "musenet": "--layers 7 --heads 24 --width 1536",
+    "progan": "--size 1024 --latent 512 --capacity 16384 --widest 512 --batch 4",
+    "sagan": "--size 128 --width 64 --attention-at 32 --batch 16",
+    "biggan": "--size 128 --width 96 --latent 120 --attention-at 64 --batch 16",
+    "stylegan": "--size 1024 --latent 512 --style 512 --mapping-layers 8 --capacity 16384 --widest 512 --batch 4",
+}
+
+
 def steps(results: Path) -> dict[str, list[str]]:
     """Each step's command. Without compute-sanitizer its steps have none."""
     verify = [PYTHON, "-m", "gdl_kernels", "verify"]
@@ -42,6 +52,9 @@ def steps(results: Path) -> dict[str, list[str]]:
     record = results / "benchmarks.json"
     # Quick: a GPU that is lent is lent for minutes. The full run is the same command without it.
     commands["benchmarks"] = [PYTHON, "-m", "benchmarks", "--device", "cuda", "--quick", "--json", str(record)]
+    for model, shape in PUBLISHED.items():
+        figures = ["--device", "cuda", "--json", str(results / f"compare_{model}.json")]
+        commands[f"compare {model}"] = [PYTHON, "-m", "models", "compare", model, *shape.split(), *figures]
     return commands
 
 
