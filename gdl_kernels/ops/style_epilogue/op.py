@@ -15,9 +15,10 @@ __all__ = ["choices", "forward"]
 def _examples() -> Iterator[_backends.Example]:
     """Both ways to lay out an image, planes of one piece and of several, noise that is given and shared.
 
-    Noise that is drawn is float32's on every backend, which float64 would tell apart.
+    Noise that is drawn is float32's on every backend, which float64 would tell apart. Large planes are many: a bias's
+    gradient is a sum over a plane that cancels, and of three such plain PyTorch may hit all by luck.
     """
-    for name, shape in (("a tile", (2, 32, 32, 32)), ("odd sizes", (3, 19, 7, 9)), ("large planes", (1, 3, 80, 70))):
+    for name, shape in (("a tile", (2, 32, 32, 32)), ("odd sizes", (3, 19, 7, 9)), ("large planes", (1, 24, 80, 70))):
         images, channels, height, width = shape
         x, scale, bias = torch.randn(shape), torch.randn(images, channels), torch.randn(images, channels)
         noise, weights = torch.randn(images, 1, height, width), torch.randn(2, channels)
