@@ -93,12 +93,8 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
         now = bars.get(bar["claim"])
         if now is not None and None not in (bar["met"], now["met"]) and bar["met"] != now["met"]:
             found.append(Change(bar["claim"], "", "bar", bar["measured"], now["measured"], now["met"]))
-    order = list(old)
-    return sorted(found, key=lambda change: _place(order, (change.case, change.contestant)))
-
-
-def _place(order: Sequence[tuple[str, str]], key: tuple[str, str]) -> int:
-    return order.index(key) if key in order else len(order)
+    place = {key: i for i, key in enumerate(old)}  # bars, which are in no row, come last
+    return sorted(found, key=lambda change: place.get((change.case, change.contestant), len(place)))
 
 
 def _rows(run: Mapping[str, Any]) -> dict[tuple[str, str], tuple[Mapping[str, Any], Mapping[str, Any]]]:

@@ -96,6 +96,7 @@ class ConditionalBatchNorm2d(nn.Module):
             self.num_batches_tracked.zero_()
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        self._check(x)  # before the products for gain and bias
         return self.normalize(x, 1 + self.gain(condition), self.bias(condition))
 
     def normalize(self, x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
@@ -103,11 +104,7 @@ class ConditionalBatchNorm2d(nn.Module):
 
         For networks that compute those of many layers in one product of their concatenated weights.
         """
-        if x.dim() - 2 not in self.spatial or x.shape[1] != self.num_features:
-            dimensions = " or ".join(str(s + 2) for s in self.spatial)
-            raise ValueError(
-                f"x must have {dimensions} dimensions and {self.num_features} channels, got shape {tuple(x.shape)}"
-            )
+        self._check(x)
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -124,6 +121,13 @@ class ConditionalBatchNorm2d(nn.Module):
             eps=self.eps,
             process_group=self.process_group,
         )
+
+    def _check(self, x: Tensor) -> None:
+        if x.dim() - 2 not in self.spatial or x.shape[1] != self.num_features:
+            dimensions = " or ".join(str(s + 2) for s in self.spatial)
+            raise ValueError(
+                f"x must have {dimensions} dimensions and {self.num_features} channels, got shape {tuple(x.shape)}"
+            )
 
     def extra_repr(self) -> str:
         return (

@@ -29,8 +29,8 @@ def layer_layouts(
     """
     if attention == "dense":
         return [layouts.causal(context)] * layers
-    # Blocks that end where runs end, and hold no other columns beside the summaries: on two cores of a Xeon at l = 128
-    # and c = 32, blocks of 64 take 1.7 times as long in training, and 2.7 times in decoding.
+    # Blocks that end where runs end, and hold no other columns beside the summaries: on one thread of a busy Xeon at
+    # l = 128 and c = 32, blocks of 64 take 1.7 times as long in training, and 2.7 times in decoding.
     size = next((size for size in (64, 32, 16) if stride % size == 0 and summary % size == 0), 16)
     if attention == "merged":
         return [layouts.fixed(context, stride, summary, heads=heads, block_size=size)] * layers
