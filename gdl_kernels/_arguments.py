@@ -16,6 +16,11 @@ def sum_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, which asks the dispatcher even where it has nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def check_floating(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -28,25 +33,26 @@ def check_planes(name: str, x: Tensor) -> None:
     check_floating(name, x)
     if x.dim() < 3:
         raise ValueError(f"{name} must be (N, C, *spatial) with one spatial dimension or more, got {tuple(x.shape)}")
-    if 0 in x.shape[2:]:
+    if x.numel() == 0 and 0 in x.shape[2:]:
         raise ValueError(f"{name} must have planes of at least one pixel, got shape {tuple(x.shape)}")
 
 
 def check_parameter(name: str, parameter: Tensor, shapes: Sequence[tuple[int, ...]], x: Tensor) -> None:
     """What is given beside the images ``x``: in one of the shapes, and no wider than their sums."""
     check_floating(name, parameter)
-    if parameter.dtype == torch.float64 and x.dtype != torch.float64:
+    if parameter.dtype == torch.float64 != x.dtype:
         raise TypeError(f"{name} must be float32, float16 or bfloat16 beside {x.dtype} images, got {parameter.dtype}")
-    if tuple(parameter.shape) not in shapes:
+    if parameter.shape not in shapes:
         raise ValueError(f"{name} must be {' or '.join(map(str, shapes))}, got shape {tuple(parameter.shape)}")
     if parameter.device != x.device:
         raise ValueError(f"{name} must be on the device of the images, {x.device}, got {parameter.device}")
 
 
 def check_positive(name: str, value: float) -> None:
+    if isinstance(value, (int, float)) and 0 < value < math.inf:
+        return
     check_finite(name, value, "positive and finite")
-    if not value > 0:
-        raise ValueError(f"{name} must be positive and finite, got {value}")
+    raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def check_finite(name: str, value: float, wanted: str = "finite") -> None:

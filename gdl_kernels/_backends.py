@@ -90,19 +90,19 @@ class Choices:
             RuntimeError: if a backend was asked for by name and can't serve it; the message has every reason.
         """
         name = requested if requested is not None else _regions[-1][0] if _regions else _environment
-        _checked(name, "backend")
         if name == "reference":
             return name
         if name != "auto":
-            why = self.why_not(name, *args, **kwargs)
+            why = self.why_not(_checked(name, "backend"), *args, **kwargs)
             if why:
                 raise RuntimeError(f"backend {name!r} can't serve this {self.op}: {'; '.join(why)}")
             return name
         missed = []
         for candidate in PREFERENCE.get(device.type, ()):
-            if candidate not in self.reasons:
+            reasons = self.reasons.get(candidate)
+            if reasons is None:
                 continue
-            why = self.reasons[candidate](*args, **kwargs)
+            why = reasons(*args, **kwargs)
             if not why:
                 break
             missed.append(f"{candidate}: {'; '.join(why)}")

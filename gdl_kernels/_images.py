@@ -29,12 +29,15 @@ class Lines(NamedTuple):
 
 def channels_last(x: Tensor) -> bool:
     """Whether a pixel's channels are next to each other. Not so for one channel: then the pixels are."""
-    return x.shape[1] > 1 and x.stride(1) == 1
+    return x.stride()[1] == 1 and x.shape[1] > 1
 
 
 def empty_like(x: Tensor, channels: int | None = None) -> Tensor:
     """Memory for an output like ``x``, or with other channels: dense, channels last where ``x`` has them last."""
-    channels = x.shape[1] if channels is None else channels
+    if channels is None:
+        if x.is_contiguous():
+            return torch.empty_like(x)
+        channels = x.shape[1]
     if channels_last(x):
         return x.new_empty(x.shape[0], *x.shape[2:], channels).movedim(-1, 1)
     return x.new_empty(x.shape[0], channels, *x.shape[2:])
@@ -42,12 +45,13 @@ def empty_like(x: Tensor, channels: int | None = None) -> Tensor:
 
 def shape(x: Tensor) -> tuple[int, int, int]:
     """(N, C, pixels)."""
-    return x.shape[0], x.shape[1], math.prod(x.shape[2:])
+    images, channels, *pixels = x.shape
+    return images, channels, math.prod(pixels)
 
 
 def cpu_reasons(x: Tensor, *_: Any, **__: Any) -> list[str]:
     """Why the C++ kernels of an op on images can't serve a call; empty if they can."""
-    return _native.missing("cpu") + ([f"x is on {x.device}"] if x.device.type != "cpu" else [])
+    return _native.missing("cpu") + ([] if x.is_cpu else [f"x is on {x.device}"])
 
 
 def cuda_reasons(x: Tensor, *_: Any, **__: Any) -> list[str]:
@@ -82,6 +86,16 @@ def lines(x: Tensor, last: bool) -> Lines:
     if last:
         return Lines(x.movedim(1, -1).contiguous().movedim(-1, 1), pixels * channels, channels)
     return Lines(x.contiguous(), channels * pixels, pixels)
+
+
+def array(x: Tensor, last: bool, kept: list[Tensor]) -> tuple[int, int, int]:
+    """What a binding takes of it: address, strides of images and of lines. A copy that it is of is put in ``kept``."""
+    if not last and x.is_contiguous():
+        image, line, *_ = x.stride()
+        return x.data_ptr(), image, line
+    found = lines(x, last)
+    kept.append(found.tensor)
+    return found.array()
 
 
 def _pixel_stride(x: Tensor) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _native
+from ._direct import direct
 
 #: Outputs of at least so many bytes are asked for in pages of 2 MB: the C library may take such memory from the system,
 #: and give it back, at every call.
@@ -46,15 +46,16 @@ def register(
             that it can be differentiated in turn.
 
     Returns:
-        The op, to be called with positional arguments.
+        The op, to be called with positional arguments; through the dispatcher where something else needs to see it.
     """
     _library.define(f"{name}{schema}")
 
     def implementation(*args: Any) -> Output:
         out = outputs(*args)
-        if args[-1] == "cpu":
-            _prefer_huge_pages(out)
-        kernels[args[-1]](out, *args)
+        backend = args[-1]
+        if backend == "cpu":
+            _prefer_huge_pages(out if type(out) is tuple else (out,))
+        kernels[backend](out, *args)
         return out
 
     _library.impl(name, implementation, "CompositeExplicitAutograd")
@@ -62,7 +63,7 @@ def register(
     torch.library.register_fake(qualified, outputs, lib=_library)
     if gradient is not None:
         torch.library.register_autograd(qualified, gradient, setup_context=save, lib=_library)
-    return getattr(torch.ops.gdl_kernels, name).default
+    return direct(getattr(torch.ops.gdl_kernels, name).default, implementation, save, gradient)
 
 
 def launchers(package: str | None, name: str, backends: Iterable[str]) -> dict[str, Kernel]:
@@ -72,19 +73,22 @@ def launchers(package: str | None, name: str, backends: Iterable[str]) -> dict[s
     """
 
     def launcher(backend: str) -> Kernel:
-        module = functools.cache(lambda: importlib.import_module(f".{backend}", package))
+        kernel: Kernel | None = None
 
         def launch(*args: Any) -> None:
-            getattr(module(), name)(*args)
+            nonlocal kernel
+            if kernel is None:
+                kernel = getattr(importlib.import_module(f".{backend}", package), name)
+            kernel(*args)
 
         return launch
 
     return {backend: launcher(backend) for backend in backends}
 
 
-def _prefer_huge_pages(out: Any) -> None:
-    if not isinstance(out, Tensor):
-        for part in out:
-            _prefer_huge_pages(part)
-    elif out.nbytes >= HUGE_BYTES:
-        _native.cpu_module().prefer_huge_pages(out.data_ptr(), out.nbytes)
+def _prefer_huge_pages(outputs: Iterable[Tensor | list[Tensor]]) -> None:
+    for out in outputs:
+        if isinstance(out, list):
+            _prefer_huge_pages(out)
+        elif out.nbytes >= HUGE_BYTES:
+            _native.cpu_module().prefer_huge_pages(out.data_ptr(), out.nbytes)

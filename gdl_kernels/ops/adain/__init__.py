@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..._arguments import check_parameter, check_planes, check_positive, sum_dtype
+from ..._arguments import check_parameter, check_planes, check_positive, sum_dtype, to_dtype
 from . import op, reference
 
 
@@ -32,11 +32,13 @@ def adain(x: Tensor, scale: Tensor, bias: Tensor, *, eps: float = 1e-5, backend:
         RuntimeError: if ``backend`` was given and can't serve the call.
     """
     check_planes("x", x)
-    for name, parameter in (("scale", scale), ("bias", bias)):
-        check_parameter(name, parameter, [(x.shape[0], x.shape[1])], x)
+    planes = [x.shape[:2]]
+    check_parameter("scale", scale, planes, x)
+    check_parameter("bias", bias, planes, x)
     check_positive("eps", eps)
     chosen = op.choices.pick(x.device, backend, x, scale, bias, eps=eps)
     if chosen == "reference":
         return reference.adain(x, scale, bias, eps)
     wide = sum_dtype(x)
-    return op.forward(x, scale.to(wide), bias.to(wide), None, None, None, None, 1.0, eps, chosen)[0]
+    scale, bias = to_dtype(scale, wide), to_dtype(bias, wide)
+    return op.forward(x, scale, bias, None, None, None, None, 1.0, eps, chosen)[0]

@@ -19,7 +19,7 @@ def forward(
     frame = _Frame(y)
     prologue = frame.prologue(noise, seed, noise_weight, channel_bias, negative_slope)
     _native.cpu_module().adain_forward(
-        *frame.head(), prologue, eps, frame.lines(x), frame.planes(scale), frame.planes(bias), frame.lines(y),
+        *frame.head, prologue, eps, frame.lines(x), frame.planes(scale), frame.planes(bias), frame.lines(y),
         mean.data_ptr(), rstd.data_ptr(), frame.threads,
     )  # fmt: skip
 
@@ -28,7 +28,7 @@ def statistics(outputs: tuple[Tensor, Tensor], x: Tensor, eps: float, _backend: 
     mean, deviation = outputs
     frame = _Frame(x)
     _native.cpu_module().adain_statistics(
-        *frame.head(), eps, frame.lines(x), mean.data_ptr(), deviation.data_ptr(), frame.threads
+        *frame.head, eps, frame.lines(x), mean.data_ptr(), deviation.data_ptr(), frame.threads
     )
 
 
@@ -41,7 +41,7 @@ def backward(
     frame = _Frame(dx)
     prologue = frame.prologue(noise, seed, noise_weight, channel_bias, negative_slope)
     _native.cpu_module().adain_backward(
-        *frame.head(), prologue, frame.lines(grad), frame.lines(x), tuple(map(frame.planes, (scale, mean, rstd))),
+        *frame.head, prologue, frame.lines(grad), frame.lines(x), tuple(map(frame.planes, (scale, mean, rstd))),
         frame.lines(dx), tuple(g.data_ptr() for g in gradients), frame.threads,
     )  # fmt: skip
 
@@ -57,7 +57,7 @@ def double_backward(
     prologue = frame.prologue(noise, seed, noise_weight, channel_bias, negative_slope)
     directions = tuple(map(frame.planes, (v_scale, v_bias, v_noise_weight, v_channel_bias)))
     _native.cpu_module().adain_double_backward(
-        *frame.head(), prologue, frame.lines(v), directions, frame.lines(grad), frame.lines(x),
+        *frame.head, prologue, frame.lines(v), directions, frame.lines(grad), frame.lines(x),
         tuple(map(frame.planes, (scale, mean, rstd))), frame.lines(grad_grad), frame.lines(grad_x),
         (of_scale.data_ptr(), 0, of_noise_weight.data_ptr(), of_channel_bias.data_ptr()), frame.threads,
     )  # fmt: skip
@@ -67,18 +67,15 @@ class _Frame:
     """What all passes over images like ``out`` take. Keeps the copies that it makes, for as long as it lives."""
 
     def __init__(self, out: Tensor) -> None:
-        self.out = out
+        self.dtype = out.dtype
+        self.shape = _images.shape(out)
         self.last = _images.channels_last(out)
+        self.head = str(out.dtype).removeprefix("torch."), self.shape, self.last
         self.threads = _native.threads(out.numel())
         self._kept: list[Tensor] = []
 
-    def head(self) -> tuple[str, tuple[int, int, int], bool]:
-        return str(self.out.dtype).removeprefix("torch."), _images.shape(self.out), self.last
-
     def lines(self, x: Tensor) -> tuple[int, int, int]:
-        lines = _images.lines(x, self.last)
-        self._kept.append(lines.tensor)
-        return lines.array()
+        return _images.array(x, self.last, self._kept)
 
     def planes(self, parameter: Tensor) -> int:
         """The address of one number a plane, or a channel."""
@@ -89,12 +86,13 @@ class _Frame:
         self, noise: Tensor | None, seed: Tensor | None, noise_weight: Tensor | None, channel_bias: Tensor | None,
         negative_slope: float,
     ) -> tuple[Any, ...]:  # fmt: skip
-        images, _, pixels = _images.shape(self.out)
+        if noise is None and seed is None and channel_bias is None and negative_slope == 1:
+            return False, 0, 0, 0, 0, negative_slope
+        images, _, pixels = self.shape
         if seed is not None:
-            double = self.out.dtype == torch.float64
+            double = self.dtype == torch.float64
             noise = torch.empty(images, pixels, dtype=torch.float64 if double else torch.float32)
             _native.cpu_module().adain_noise(int(seed), images, pixels, double, noise.data_ptr(), self.threads)
-        active = noise is not None or channel_bias is not None or negative_slope != 1
         image = 0 if noise is None or noise.shape[0] == 1 else pixels
         addresses = [0 if t is None else self.planes(t) for t in (noise, noise_weight, channel_bias)]
-        return active, addresses[0], image, *addresses[1:], negative_slope
+        return True, addresses[0], image, *addresses[1:], negative_slope

@@ -33,11 +33,14 @@ choices = _backends.add_op("adain", {"cpu": _images.cpu_reasons, "cuda": _images
 
 def _planes(x: Tensor, count: int) -> tuple[Tensor, ...]:
     """Numbers of every plane, ``(N, C)``."""
-    return tuple(x.new_empty(x.shape[0], x.shape[1], dtype=sum_dtype(x)) for _ in range(count))
+    images, channels, *_ = x.shape
+    wide = sum_dtype(x)
+    return tuple([x.new_empty(images, channels, dtype=wide) for _ in range(count)])
 
 
-def _outputs(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return _images.empty_like(x), *_planes(x, 2)
+def _outputs(x: Tensor, scale: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    mean = scale.new_empty(*scale.shape)
+    return _images.empty_like(x), mean, torch.empty_like(mean)
 
 
 def _statistics(x: Tensor, *_: Any) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -54,8 +55,10 @@ def _second_gradients(
 def _launcher(backend: str, passes_of: Callable[..., None]) -> Callable[..., None]:
     """The passes, by the kernels of ``<backend>.py`` beside this file, which is imported at the first call."""
 
+    module = functools.cache(lambda: importlib.import_module(f".{backend}", __package__))
+
     def launch(*args: Any) -> None:
-        passes_of(importlib.import_module(f".{backend}", __package__), *args)
+        passes_of(module(), *args)
 
     return launch
 
