@@ -43,7 +43,8 @@ def check_parameter(name: str, parameter: Tensor, shapes: Sequence[tuple[int, ..
     if parameter.dtype == torch.float64 != x.dtype:
         raise TypeError(f"{name} must be float32, float16 or bfloat16 beside {x.dtype} images, got {parameter.dtype}")
     if parameter.shape not in shapes:
-        raise ValueError(f"{name} must be {' or '.join(map(str, shapes))}, got shape {tuple(parameter.shape)}")
+        wanted = " or ".join(str(tuple(shape)) for shape in shapes)
+        raise ValueError(f"{name} must be {wanted}, got shape {tuple(parameter.shape)}")
     if parameter.device != x.device:
         raise ValueError(f"{name} must be on the device of the images, {x.device}, got {parameter.device}")
 

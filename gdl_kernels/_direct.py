@@ -1,10 +1,10 @@
 """Calls of an op past torch's dispatcher, where all that it would do is to find the kernel.
 
 To the dispatcher an op written in Python is a chain of calls from C++ into Python and back, with every argument boxed
-and unboxed on the way: for the 10 arguments of ``adain`` it takes 20 us, several times as long as a small kernel. So an
-eager call on plain tensors goes to the kernel directly, and its gradient is a ``torch.autograd.Function``. Whatever looks
-at ops, or changes what they mean, is asked for first, and sees them through the dispatcher as ever: ``torch.compile``,
-modes, transforms, subclasses of tensors, the profiler.
+and unboxed on the way: for the 10 arguments of ``adain`` it takes 20 us, many times as long as a small kernel. So an
+eager call on plain tensors goes to the kernel directly, and its gradient is a ``torch.autograd.Function``. Whatever
+looks at ops, or changes what they mean, is asked for first, and sees them through the dispatcher as ever:
+``torch.compile``, modes, transforms, subclasses of tensors, the profiler.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from torch._C import DispatchKey, DispatchKeySet
 from torch.nn import Parameter
 
 # Each of these is asked in every call.
-is_compiling = torch.compiler.is_compiling
-included = torch._C._dispatch_tls_local_include_set
-function_mode_is_on = torch._C._is_torch_function_mode_enabled
-profiler_is_on = torch._C._autograd._profiler_enabled
+_is_compiling = torch.compiler.is_compiling
+_included = torch._C._dispatch_tls_local_include_set
+_function_mode_is_on = torch._C._is_torch_function_mode_enabled
+_profiler_is_on = torch._C._autograd._profiler_enabled
 
 #: What the dispatcher adds to the keys of a call's tensors while no mode, transform or tracer is on.
-_NOTHING_ON = (DispatchKeySet(DispatchKey.BackendSelect) | DispatchKeySet(DispatchKey.ADInplaceOrView)).raw_repr()
+_NOT_IN_INFERENCE = DispatchKeySet(DispatchKey.ADInplaceOrView).raw_repr()
+_NOTHING_ON = DispatchKeySet(DispatchKey.BackendSelect).raw_repr() | _NOT_IN_INFERENCE
 
 #: Of a subclass, what an op does is the subclass's to say.
 _PLAIN = frozenset({Tensor, Parameter})
@@ -45,6 +46,9 @@ def direct(
         dispatched: the registered op.
         implementation: what computes it from the same arguments.
         save, gradient: as in :func:`gdl_kernels._registration.register`.
+
+    Returns:
+        The op; its attribute ``dispatched`` is the registered one.
     """
     types = [str(argument.type) for argument in dispatched._schema.arguments]
     single = [place for place, kind in enumerate(types) if kind in _TENSORS]
@@ -54,7 +58,12 @@ def direct(
     with_gradient = None if gradient is None else differentiable(dispatched, implementation, save, gradient)
 
     def call(*args: Any) -> Any:
-        if is_compiling() or included().raw_repr() != _NOTHING_ON or function_mode_is_on() or profiler_is_on():
+        if (
+            _is_compiling()
+            or _included().raw_repr() | _NOT_IN_INFERENCE != _NOTHING_ON
+            or _function_mode_is_on()
+            or _profiler_is_on()
+        ):
             return dispatched(*args)
         wants_gradient = False
         for place in single:
@@ -66,9 +75,12 @@ def direct(
             wants_gradient = wants_gradient or tensor.requires_grad
         for place in lists:
             for tensor in args[place]:
-                if type(tensor) not in _PLAIN or tensor.is_neg() or tensor._is_zerotensor():
+                if type(tensor) not in _PLAIN:
                     return dispatched(*args)
-                wants_gradient = wants_gradient or tensor.requires_grad
+                if tensor.is_floating_point():  # the many of a layout are not
+                    if tensor.is_neg() or tensor._is_zerotensor():
+                        return dispatched(*args)
+                    wants_gradient = wants_gradient or tensor.requires_grad
         for place in floats:
             if type(args[place]) is not float:  # the dispatcher makes it one
                 return dispatched(*args)
@@ -76,6 +88,7 @@ def direct(
             return with_gradient(*args)
         return implementation(*args)
 
+    call.dispatched = dispatched  # type: ignore[attr-defined]
     return call
 
 
@@ -90,7 +103,7 @@ def _differentiable(
         save(ctx, args, out)
         return out
 
-    return _function(dispatched, forward, gradient).apply
+    return _apply(dispatched, forward, gradient)
 
 
 def _differentiable_with_lists(
@@ -99,49 +112,67 @@ def _differentiable_with_lists(
     save: Callable[..., None],
     gradient: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """The same of an op that takes lists of tensors, or gives them: autograd knows tensors alone."""
+    """The same of an op that takes lists of tensors, or gives them: autograd knows tensors alone.
+
+    So lists are laid out flat, but for those of which nothing requires a gradient: autograd does not look into them.
+    """
     schema = dispatched._schema
     takes, gives = ([str(t.type) == _TENSOR_LIST for t in side] for side in (schema.arguments, schema.returns))
 
-    def forward(ctx: Any, lengths: _Lengths, *flat: Any) -> tuple[Any, ...]:
-        args = _nested(flat, lengths.args)
+    def forward(ctx: Any, lists: _Lists, *flat: Any) -> tuple[Any, ...]:
+        args = _nested(flat, lists.args)
         out = implementation(*args)
         save(ctx, args, out)
-        flat_out, lengths.outputs = _flattened(out if len(gives) > 1 else (out,), gives)
-        ctx.lengths = lengths
+        flat_out, lists.outputs = _flattened(out if len(gives) > 1 else (out,), gives)
+        ctx.lists = lists
         return tuple(flat_out)
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        lengths, needed = ctx.lengths, ctx.needs_input_grad
-        ctx.needs_input_grad = _nested(needed[1:], lengths.args)
+        lists, needed = ctx.lists, ctx.needs_input_grad
+        nested = zip(_nested(needed[1:], lists.args), lists.unseen)
+        ctx.needs_input_grad = tuple([needs if count is None else [False] * count for needs, count in nested])
         try:
-            found = gradient(ctx, *_nested(grads, lengths.outputs))
+            found = gradient(ctx, *_nested(grads, lists.outputs))
         finally:
             ctx.needs_input_grad = needed
-        return None, *_flattened(found if len(takes) > 1 else (found,), takes)[0]
+        found = found if len(takes) > 1 else (found,)
+        found = [grad if count is None else None for grad, count in zip(found, lists.unseen)]
+        return None, *_flattened(found, [length is not None for length in lists.args])[0]
 
-    apply = _function(dispatched, forward, backward).apply
+    apply = _apply(dispatched, forward, backward)
 
     def call(*args: Any) -> Any:
-        lengths = _Lengths()
-        flat, lengths.args = _flattened(args, takes)
-        out = _nested(apply(lengths, *flat), lengths.outputs)
+        lists = _Lists()
+        seen = [is_list and any(t.requires_grad for t in arg) for arg, is_list in zip(args, takes)]
+        lists.unseen = [len(arg) if is_list and not flat else None for arg, is_list, flat in zip(args, takes, seen)]
+        flat_args, lists.args = _flattened(args, seen)
+        out = _nested(apply(lists, *flat_args), lists.outputs)
         return out if len(gives) > 1 else out[0]
 
     return call
 
 
-def _function(
+def _apply(
     dispatched: torch._ops.OpOverload, forward: Callable[..., Any], backward: Callable[..., Any]
-) -> type[torch.autograd.Function]:
+) -> Callable[..., Any]:
     name = dispatched._schema.name.replace("::", "_")
-    return type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function = type(name, (torch.autograd.Function,), methods)
+    # Function.apply itself first looks for transforms of torch.func, which are not on here: that takes as long again.
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
-class _Lengths:
-    """How long each list of tensors of a call is, None for what is none; of the outputs once they are there."""
+class _Lists:
+    """The lists of tensors in a call.
+
+    Attributes:
+        args: of each argument how many tensors it is laid out as, None for one that is passed as it is.
+        unseen: of each list that autograd does not look into how many tensors it has, else None.
+        outputs: as ``args``, once the outputs are there.
+    """
 
     args: list[int | None]
+    unseen: list[int | None]
     outputs: list[int | None]
 
 

@@ -76,6 +76,8 @@ def triton_reasons(x: Tensor, *_: Any, **__: Any) -> list[str]:
 
 def lines(x: Tensor, last: bool) -> Lines:
     """The tensor itself where it has the lines that are asked for, else a copy that has."""
+    if not last and x.is_contiguous():
+        return Lines(x, *x.stride()[:2])
     pixel = _pixel_stride(x)
     if pixel is not None:
         if last and (x.stride(1) == 1 or x.shape[1] == 1):

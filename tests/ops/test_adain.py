@@ -450,14 +450,14 @@ def test_registration(backend: str, memory: str) -> None:
     given, drawn = (noise, None, weight, channel, 0.2), (None, seed, weight, None, 0.2)
     for prologue in ((None, None, None, None, 1.0), given, drawn):
         call = (*prologue, 1e-5, backend)
-        torch.library.opcheck(op.forward, (x, scale, bias, *call))
+        torch.library.opcheck(op.forward.dispatched, (x, scale, bias, *call))
         y, mean, rstd = op.forward(x.detach(), scale.detach(), bias.detach(), *call)
         arguments = (torch.randn_like(y).requires_grad_(), x, scale, mean, rstd, *call)
-        torch.library.opcheck(op.backward, arguments)
+        torch.library.opcheck(op.backward.dispatched, arguments)
         v = torch.randn_like(y), *torch.randn(4, 2, 3, device=device)
         inference = [t.detach() if isinstance(t, Tensor) else t for t in arguments]
-        torch.library.opcheck(op.double_backward, (*v, *inference))
-    torch.library.opcheck(op.statistics, (x, 1e-5, backend))
+        torch.library.opcheck(op.double_backward.dispatched, (*v, *inference))
+    torch.library.opcheck(op.statistics.dispatched, (x, 1e-5, backend))
 
 
 @pytest.mark.parametrize("backend", KERNELS)

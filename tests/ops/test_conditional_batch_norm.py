@@ -418,14 +418,14 @@ def test_registration(kernel: Kernel, memory: str, training: bool) -> None:
     wanted = [t.requires_grad_() for t in (MEMORY[memory](x), gain, bias)]
     given = (None, None) if training else (mean, var)
     utilities = ("test_schema", "test_faketensor") if INTERPRETING else torch.library._OPCHECK_DEFAULT_UTILS
-    torch.library.opcheck(op.forward, (*wanted, *given, 1e-5, "", backend), test_utils=utilities)
+    torch.library.opcheck(op.forward.dispatched, (*wanted, *given, 1e-5, "", backend), test_utils=utilities)
     _, statistics = op.forward(*wanted, *given, 1e-5, "", backend)
     statistics = statistics.detach()
     grad = torch.randn_like(x).requires_grad_()
     call = (grad, *wanted[:2], statistics, training, 1e-5, "", backend)
-    torch.library.opcheck(op.backward, call, test_utils=utilities)
+    torch.library.opcheck(op.backward.dispatched, call, test_utils=utilities)
     v = [torch.randn_like(t).requires_grad_() for t in (x, gain, bias)]
-    torch.library.opcheck(op.double_backward, (*v, *call), test_utils=utilities)
+    torch.library.opcheck(op.double_backward.dispatched, (*v, *call), test_utils=utilities)
 
 
 @pytest.mark.skipif(INTERPRETING, reason="an interpreter runs in no compiled graph")

@@ -286,8 +286,8 @@ def test_registration(kernel: Kernel, memory: str) -> None:
     backend, device = kernel
     x = MEMORY[memory](random((4, 4, 4, 5), torch.float32, device)).requires_grad_()
     grad = MEMORY[memory](random((4, 6, 4, 5), torch.float32, device)).requires_grad_()
-    torch.library.opcheck(op.forward, (x, 2, 2, 1e-8, backend))
-    torch.library.opcheck(op.backward, (grad, x, 2, 2, 1e-8, backend))
+    torch.library.opcheck(op.forward.dispatched, (x, 2, 2, 1e-8, backend))
+    torch.library.opcheck(op.backward.dispatched, (grad, x, 2, 2, 1e-8, backend))
 
 
 @pytest.mark.skipif(INTERPRETING, reason="as on the other backends")

@@ -273,10 +273,10 @@ def test_backward_twice_and_frozen_weights(kernel: tuple[str, str]) -> None:
 def test_registration(gram: str) -> None:
     weights = [random(shape, torch.float32).requires_grad_() for shape in SMALL[:3]]
     columns = gram == "columns"
-    torch.library.opcheck(op.forward, (weights, 0.1, columns, True, "cpu"))
-    torch.library.opcheck(op.forward, ([w.detach() for w in weights], 0.1, columns, False, "cpu"))
+    torch.library.opcheck(op.forward.dispatched, (weights, 0.1, columns, True, "cpu"))
+    torch.library.opcheck(op.forward.dispatched, ([w.detach() for w in weights], 0.1, columns, False, "cpu"))
     _, kept = op.forward([w.detach() for w in weights], 0.1, columns, True, "cpu")
-    torch.library.opcheck(op.backward, (torch.tensor(2.0), weights, kept, 0.1, columns, "cpu"))
+    torch.library.opcheck(op.backward.dispatched, (torch.tensor(2.0), weights, kept, 0.1, columns, "cpu"))
 
 
 def test_compiles_into_one_graph() -> None:

@@ -294,12 +294,12 @@ def test_each_result_is_its_own() -> None:
 def test_registration(steps: int | None) -> None:
     # In float64: compiled code adds up in another order, and in float32 a gradient may cancel to few digits.
     weights = [random(shape, torch.float64).requires_grad_() for shape in SMALL[:3]]
-    torch.library.opcheck(op.forward, (weights, steps, "polar", "cpu"))
+    torch.library.opcheck(op.forward.dispatched, (weights, steps, "polar", "cpu"))
     grads = [torch.randn_like(w).requires_grad_() for w in weights]
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if steps is not None:  # without, the second derivative looks at numbers, which torch.compile can't trace
         checks.append("test_aot_dispatch_dynamic")
-    torch.library.opcheck(op.backward, (grads, weights, steps, "polar", "cpu"), test_utils=checks)
+    torch.library.opcheck(op.backward.dispatched, (grads, weights, steps, "polar", "cpu"), test_utils=checks)
 
 
 def test_compiles_into_one_graph() -> None:

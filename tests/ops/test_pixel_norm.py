@@ -208,8 +208,8 @@ def test_third_gradient() -> None:
 @pytest.mark.parametrize("backend", KERNELS)
 def test_registration(backend: str, memory: str) -> None:
     x = MEMORY[memory](random((2, 3, 4, 5), torch.float32, "cuda" if backend == "cuda" else "cpu")).requires_grad_()
-    torch.library.opcheck(op.forward, (x, 1e-8, backend))
-    torch.library.opcheck(op.backward, (torch.randn_like(x).requires_grad_(), x, 1e-8, backend))
+    torch.library.opcheck(op.forward.dispatched, (x, 1e-8, backend))
+    torch.library.opcheck(op.backward.dispatched, (torch.randn_like(x).requires_grad_(), x, 1e-8, backend))
 
 
 @pytest.mark.parametrize("backend", KERNELS)

@@ -268,8 +268,8 @@ def test_registration(kernel: Kernel, order: str) -> None:
     tokens = TOKENS[order](random_tokens((2, 6), 5, device))
     weight = random((5, 8), torch.float32, device).requires_grad_()
     grad = random((2, 6, 8), torch.float32, device).requires_grad_()
-    torch.library.opcheck(op.forward, (tokens, weight, 1.5, 7, backend))
-    torch.library.opcheck(op.backward, (grad, tokens, 5, 1.5, backend))
+    torch.library.opcheck(op.forward.dispatched, (tokens, weight, 1.5, 7, backend))
+    torch.library.opcheck(op.backward.dispatched, (grad, tokens, 5, 1.5, backend))
 
 
 def test_meta_tensors() -> None:

@@ -364,10 +364,10 @@ def test_opcheck() -> None:
     layout = scattered(40, 40, 16)
     tensors = [torch.randn(1, 2, 40, 8, requires_grad=True) for _ in range(3)]
     rest = (None, layout.tensors(), layout.sizes(), 0.3, 0, torch.tensor(0), 0.25, torch.tensor(5), "cpu")
-    torch.library.opcheck(op.forward, (*tensors, *rest))
+    torch.library.opcheck(op.forward.dispatched, (*tensors, *rest))
     out, lse = op.forward(*(t.detach() for t in tensors), *rest)
     grads = torch.randn_like(out).requires_grad_(), torch.randn_like(lse).requires_grad_()
-    torch.library.opcheck(op.backward, (*grads, *tensors, out, lse, *rest))
+    torch.library.opcheck(op.backward.dispatched, (*grads, *tensors, out, lse, *rest))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

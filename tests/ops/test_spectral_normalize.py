@@ -383,9 +383,9 @@ def test_registration(kernel: Kernel) -> None:
     weights = [w.requires_grad_() for w in matrices([(4, 5), (3, 2, 2)], torch.float32, device)]
     us, vs = vectors(weights)
     for semantics in op.SEMANTICS:
-        torch.library.opcheck(op.forward, (weights, us, vs, 1, 1e-12, semantics, backend))
+        torch.library.opcheck(op.forward.dispatched, (weights, us, vs, 1, 1e-12, semantics, backend))
     grads = [torch.randn_like(w).requires_grad_() for w in weights]
-    torch.library.opcheck(op.backward, (grads, weights, us, vs, torch.rand(2, device=device) + 1, backend))
+    torch.library.opcheck(op.backward.dispatched, (grads, weights, us, vs, torch.rand(2, device=device) + 1, backend))
 
 
 @not_interpreting

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._arguments import check_finite, check_floating, check_parameter, check_positive
+from ..._arguments import check_finite, check_floating, check_parameter, check_positive, to_dtype
 from . import op, ranks, reference
 
 
@@ -68,17 +68,17 @@ def conditional_batch_norm(
     else:
         y, statistics = op.forward(x, gain, bias, *given, eps, group, chosen)
     if training and running_mean is not None and running_var is not None and (group or x.numel()):
-        mean, _, unbiased_var = statistics.detach()
-        _move(running_mean, mean, momentum)
-        _move(running_var, unbiased_var, momentum)
+        with torch.no_grad():
+            mean, _, unbiased_var = statistics.unbind()
+            _move(running_mean, mean, momentum)
+            _move(running_var, unbiased_var, momentum)
     return y
 
 
 def _move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
-    with torch.no_grad():
-        if isinstance(momentum, Tensor):
-            momentum = momentum.to(running.dtype)
-        running.lerp_(batch.to(running.dtype), momentum)
+    if isinstance(momentum, Tensor):
+        momentum = momentum.to(running.dtype)
+    running.lerp_(to_dtype(batch, running.dtype), momentum)
 
 
 def _check(
@@ -88,8 +88,9 @@ def _check(
     check_floating("x", x)
     if x.dim() < 2:
         raise ValueError(f"x must be (N, C, *spatial), got shape {tuple(x.shape)}")
-    for name, parameter in (("gain", gain), ("bias", bias)):
-        check_parameter(name, parameter, [tuple(x.shape[:2])], x)
+    planes, per_channel = [x.shape[:2]], [x.shape[1:2]]
+    check_parameter("gain", gain, planes, x)
+    check_parameter("bias", bias, planes, x)
     if gain.dtype != bias.dtype:
         raise TypeError(f"gain and bias must have one dtype, got {gain.dtype} and {bias.dtype}")
     if (running_mean is None) != (running_var is None):
@@ -99,7 +100,7 @@ def _check(
         raise ValueError("running_mean and running_var must be given when training is False, got None")
     for name, running in (("running_mean", running_mean), ("running_var", running_var)):
         if running is not None:
-            check_parameter(name, running, [tuple(x.shape[1:2])], x)
+            check_parameter(name, running, per_channel, x)
             if running.requires_grad:
                 raise ValueError(f"{name} must not require a gradient: it is a constant to the gradient")
     if isinstance(momentum, Tensor):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ... import _images
+from ..._arguments import to_dtype
 from . import ranks
 
 #: A tensor and its weights, ``(N, C)`` or ``(C,)``.
@@ -56,12 +57,14 @@ def forward(
         else:
             var, unbiased_var = squares / max(count, 1), squares / max(count - 1, 1)
     else:
-        mean, var = mean.to(wide), var.to(wide)
+        mean, var = to_dtype(mean, wide), to_dtype(var, wide)
         unbiased_var = var
-    torch.stack([mean.to(wide), (var + eps).rsqrt().to(wide), unbiased_var.to(wide)], out=statistics)
+    mean_out, rstd, unbiased_var_out = statistics.unbind()
+    mean_out.copy_(mean)
+    rstd.copy_((var + eps).rsqrt_())
+    unbiased_var_out.copy_(unbiased_var)
     if x.numel():
-        mean, rstd, _ = statistics
-        kernels.combine(y, [], (x, gain * rstd), mean, bias.to(wide), last)
+        kernels.combine(y, [], (x, gain * rstd), mean_out, to_dtype(bias, wide), last)
 
 
 def backward(

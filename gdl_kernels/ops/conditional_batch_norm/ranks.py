@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ..._arguments import to_dtype
+
 
 def check(group: Any) -> None:
     if group is None:
@@ -35,9 +37,10 @@ def merge_moments(count: int, moments: Tensor, group: str) -> tuple[int | Tensor
         count: this rank's values a channel.
         moments: ``(2, C)``: this rank's mean and sum of squares, 0 where there are no values.
     """
-    moments = moments.double()
+    moments = to_dtype(moments, torch.float64)
     if not group:
-        return count, moments[0], moments[1]
+        mean, squares = moments.unbind()
+        return count, mean, squares
     process_group = _resolve(group)
     mine = torch.cat([moments.flatten(), moments.new_full((1,), count)])
     parts = [torch.empty_like(mine) for _ in range(process_group.size())]

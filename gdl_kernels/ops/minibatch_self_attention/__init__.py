@@ -63,26 +63,28 @@ def _autocast(tensor: Tensor) -> Tensor:
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, scale: float, pool: int, score: str) -> None:
+    dtype, device, sizes = query.dtype, query.device, query.shape
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must be (batch, channels, height, width), got shape {tuple(tensor.shape)}")
-        if tensor.dtype != query.dtype:
-            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {tensor.dtype}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
-        if tensor.shape[0] != query.shape[0]:
-            raise ValueError(f"{name} must have the batch size of query, {query.shape[0]}, got {tensor.shape[0]}")
-        if tensor.shape[2:] != query.shape[2:]:
-            sizes = f"{tuple(query.shape[2:])}, got {tuple(tensor.shape[2:])}"
-            raise ValueError(f"{name} must have the height and width of query, {sizes}")
-        if 0 in tensor.shape[1:]:
-            raise ValueError(f"{name} must have a channel and a pixel at least, got shape {tuple(tensor.shape)}")
-    if key.shape[1] != query.shape[1]:
-        raise ValueError(f"key must have the channels of query, {query.shape[1]}, got {key.shape[1]}")
+        shape = tensor.shape
+        if len(shape) != 4:
+            raise ValueError(f"{name} must be (batch, channels, height, width), got shape {tuple(shape)}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must have the dtype of query, {dtype}, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on the device of query, {device}, got {tensor.device}")
+        if shape[0] != sizes[0]:
+            raise ValueError(f"{name} must have the batch size of query, {sizes[0]}, got {shape[0]}")
+        if shape[2] != sizes[2] or shape[3] != sizes[3]:
+            wanted = f"{tuple(sizes[2:])}, got {tuple(shape[2:])}"
+            raise ValueError(f"{name} must have the height and width of query, {wanted}")
+        if 0 in shape and 0 in shape[1:]:
+            raise ValueError(f"{name} must have a channel and a pixel at least, got shape {tuple(shape)}")
+    if key.shape[1] != sizes[1]:
+        raise ValueError(f"key must have the channels of query, {sizes[1]}, got {key.shape[1]}")
     check_finite("scale", scale)
     if not isinstance(pool, int) or pool not in (1, 2):
         raise ValueError(f"pool must be 1 or 2, got {pool!r}")
-    if query.shape[2] % pool or query.shape[3] % pool:
-        raise ValueError(f"pool={pool} needs maps of even height and width, got {tuple(query.shape[2:])}")
+    if sizes[2] % pool or sizes[3] % pool:
+        raise ValueError(f"pool={pool} needs maps of even height and width, got {tuple(sizes[2:])}")
     if score not in reference.SCORES:
         raise ValueError(f"score must be one of {', '.join(map(repr, reference.SCORES))}, got {score!r}")

@@ -58,9 +58,7 @@ class _Frame:
     def map(self, x: Tensor) -> tuple[Any, ...]:
         """Address, strides of images and of lines, and whether a line is a pixel's channels."""
         last = _images.channels_last(x)
-        lines = _images.lines(x, last)
-        self._kept.append(lines.tensor)
-        return *lines.array(), last
+        return *_images.array(x, last, self._kept), last
 
     def contiguous(self, x: Tensor) -> int:
         self._kept.append(x.contiguous())

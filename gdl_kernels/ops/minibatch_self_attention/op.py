@@ -23,7 +23,7 @@ MAX_CHANNELS = 256
 
 def _cpu_reasons(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> list[str]:
     reasons = _native.missing("cpu")
-    if query.device.type != "cpu":
+    if not query.is_cpu:
         reasons.append(f"query is on {query.device}")
     return reasons
 

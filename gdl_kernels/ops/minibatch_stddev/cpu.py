@@ -17,9 +17,9 @@ def backward(dx: Tensor, grad: Tensor, x: Tensor, group_size: int, num_features:
 
 def _launch(kernel: str, x: Tensor, group_size: int, num_features: int, eps: float, *tensors: Tensor) -> None:
     last = _images.channels_last(x)
-    lines = [_images.lines(t, last) for t in tensors]
+    kept: list[Tensor] = []
+    arrays = [_images.array(t, last, kept) for t in tensors]
     dtype = str(x.dtype).removeprefix("torch.")
-    arrays = (line.array() for line in lines)
     group = min(group_size, x.shape[0])
     native = getattr(_native.cpu_module(), kernel)
     native(dtype, _images.shape(x), last, group, num_features, eps, *arrays, _native.threads(x.numel()))

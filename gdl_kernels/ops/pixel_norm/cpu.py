@@ -19,7 +19,7 @@ def _launch(kernel: str, eps: float, *tensors: Tensor) -> None:
     """``tensors`` ends with the output."""
     out = tensors[-1]
     last = _images.channels_last(out)
-    lines = [_images.lines(t, last) for t in tensors]
+    kept: list[Tensor] = []
+    arrays = [_images.array(t, last, kept) for t in tensors]
     dtype = str(out.dtype).removeprefix("torch.")
-    arrays = (line.array() for line in lines)
     getattr(_native.cpu_module(), kernel)(dtype, _images.shape(out), last, eps, *arrays, _native.threads(out.numel()))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _native
+from ..._arguments import to_dtype
 from .phases import phase_steps
 from .reference import check_range
 from .rows import contiguous_rows
@@ -37,7 +38,7 @@ def backward(
 
 
 def _ids(tokens: Tensor) -> Tensor:
-    return tokens.to(torch.int64).contiguous()
+    return to_dtype(tokens, torch.int64).contiguous()
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -14,7 +14,7 @@ from ..._registration import launchers, register
 
 
 def _cpu_reasons(tokens: Tensor, weight: Tensor, **_: Any) -> list[str]:
-    return _native.missing("cpu") + ([f"weight is on {weight.device}"] if weight.device.type != "cpu" else [])
+    return _native.missing("cpu") + ([] if weight.is_cpu else [f"weight is on {weight.device}"])
 
 
 def _triton_reasons(tokens: Tensor, weight: Tensor, **_: Any) -> list[str]:

@@ -123,15 +123,16 @@ def _check(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, dropout_p: float, key_padding_mask: Tensor | None,
     query_start: int | Tensor,
 ) -> None:  # fmt: skip
+    dtype, device = query.dtype, query.device
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be (batch, heads, positions, features), got shape {tuple(tensor.shape)}")
         if tensor.dtype not in op.DTYPES:
             raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
-        if tensor.dtype != query.dtype:
-            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {tensor.dtype}")
-        if tensor.device != query.device:
-            raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must have the dtype of query, {dtype}, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on the device of query, {device}, got {tensor.device}")
     if not isinstance(layout, Layout):
         raise TypeError(f"layout must be a gdl_kernels.layouts.Layout, got {type(layout).__name__}")
     if not isinstance(dropout_p, (int, float)):
@@ -150,17 +151,18 @@ def _check(
     if key_padding_mask is not None and not isinstance(key_padding_mask, Tensor):
         raise TypeError(f"key_padding_mask must be a tensor, got {type(key_padding_mask).__name__}")
     batch, heads, n_q, head_dim = query.shape
-    kv_heads, n_k = key.shape[1:3]
-    if key.shape[0] != batch or value.shape[0] != batch:
-        sizes = f"{key.shape[0]} and {value.shape[0]}"
+    key_batch, kv_heads, n_k, key_dim = key.shape
+    value_batch, value_heads, value_positions, value_dim = value.shape
+    if key_batch != batch or value_batch != batch:
+        sizes = f"{key_batch} and {value_batch}"
         raise ValueError(f"key and value must have the batch size of query, {batch}, got {sizes}")
-    if value.shape[1] != kv_heads or value.shape[2] != n_k:
+    if value_heads != kv_heads or value_positions != n_k:
         raise ValueError(
-            f"value must have the heads and positions of key, {(kv_heads, n_k)}, got {(value.shape[1], value.shape[2])}"
+            f"value must have the heads and positions of key, {(kv_heads, n_k)}, got {(value_heads, value_positions)}"
         )
-    if key.shape[3] != head_dim:
-        raise ValueError(f"key must have the features of query, {head_dim}, got {key.shape[3]}")
-    if head_dim == 0 or value.shape[3] == 0:
+    if key_dim != head_dim:
+        raise ValueError(f"key must have the features of query, {head_dim}, got {key_dim}")
+    if head_dim == 0 or value_dim == 0:
         raise ValueError("query, key and value must have at least one feature, got 0")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"the heads of key, {kv_heads}, must divide the heads of query, {heads}")

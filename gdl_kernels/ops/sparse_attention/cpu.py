@@ -28,7 +28,7 @@ def _call(
     start: int, dropout_p: float, seed: Tensor | None,
 ) -> tuple[str, tuple[Any, ...]]:  # fmt: skip
     batch, heads, n_q, head_dim = query.shape
-    kv_heads, n_k, value_dim = value.shape[1:]
+    _, kv_heads, n_k, value_dim = value.shape
     n_layout_q, n_layout_k, block_size, _causal = sizes
     splits, order = layout[1], layout[11]
     shape = (

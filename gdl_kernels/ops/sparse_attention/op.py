@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _backends, _native
+from ..._arguments import sum_dtype
 from ..._registration import launchers, register
 from ...layouts import BlockLists, Layout, causal, from_mask, strided
 from . import reference
@@ -38,7 +39,7 @@ MAX_HEAD_DIM = 256
 
 def _cpu_reasons(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **_: Any) -> list[str]:
     reasons = _native.missing("cpu")
-    if query.device.type != "cpu":
+    if not query.is_cpu:
         reasons.append(f"query is on {query.device}")
     return reasons
 
@@ -92,8 +93,8 @@ choices = _backends.add_op("sparse_attention", {"cpu": _cpu_reasons, "triton": _
 def _outputs(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     batch, heads, n_q, _head_dim = query.shape
     # (B, H, N, D) in memory as (B, N, H, D): the output projection that follows then needs no copy.
-    out = query.new_empty(batch, n_q, heads, value.shape[-1]).transpose(1, 2)
-    return out, query.new_empty(batch, heads, n_q, dtype=torch.promote_types(query.dtype, torch.float32))
+    out = query.new_empty(batch, n_q, heads, value.shape[3]).transpose(1, 2)
+    return out, query.new_empty(batch, heads, n_q, dtype=sum_dtype(query))
 
 
 def _gradients(

@@ -87,10 +87,9 @@ def spectral_normalize(
 
 
 def _check_finite(sigmas: Tensor) -> None:
-    finite = sigmas.isfinite()
-    if not finite.all():
-        index = int(finite.logical_not().nonzero()[0])
-        raise NotFinite(index, sigmas[index].item(), f"weights[{index}]")
+    for index, sigma in enumerate(sigmas.tolist()):
+        if not math.isfinite(sigma):
+            raise NotFinite(index, sigma, f"weights[{index}]")
 
 
 def _check(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _native
+from ..._arguments import to_dtype
 from .matrices import laid_out_like, matrix
 
 
@@ -14,10 +15,11 @@ def forward(
     vs: list[Tensor], n_power_iterations: int, eps: float, semantics: str, backend: str,
 ) -> None:  # fmt: skip
     out, new_us, new_vs, sigmas = outputs
+    wide = sigmas.dtype
     given, held = [], []
     for weight, u, v, y, new_u, new_v in zip(weights, us, vs, out, new_us, new_vs):
         m = matrix(weight)
-        u, v = u.to(sigmas.dtype).contiguous(), m.to_memory(v.to(sigmas.dtype))
+        u, v = to_dtype(u, wide).contiguous(), m.to_memory(to_dtype(v, wide))
         v_there = new_v if m.order is None else torch.empty_like(v)
         tensors = m.tensor, y, u, v, new_u, v_there
         given.append((m.outer, m.rows, m.inner, *(t.data_ptr() for t in tensors)))

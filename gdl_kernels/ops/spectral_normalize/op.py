@@ -21,7 +21,7 @@ SEMANTICS = ("torch", "biggan")
 
 def _cpu_reasons(weights: list[Tensor], us: list[Tensor], vs: list[Tensor], **_: Any) -> list[str]:
     reasons = _native.missing("cpu")
-    if weights and weights[0].device.type != "cpu":
+    if weights and not weights[0].is_cpu:
         reasons.append(f"weights are on {weights[0].device}")
     return reasons
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..._arguments import check_finite, check_parameter, check_planes, check_positive, sum_dtype
+from ..._arguments import check_finite, check_parameter, check_planes, check_positive, sum_dtype, to_dtype
 from ..._philox import draw_seed
 from . import op, reference
 
@@ -63,12 +63,10 @@ def style_epilogue(
             noise = reference.drawn_noise(seed, x)
         return reference.style_epilogue(x, scale, bias, noise, noise_weight, channel_bias, negative_slope, eps)
     wide = sum_dtype(x)
-    noise, noise_weight, channel_bias = (
-        None if t is None else t.to(wide) for t in (noise, noise_weight, channel_bias)
-    )
-    return op.forward(
-        x, scale.to(wide), bias.to(wide), noise, seed, noise_weight, channel_bias, negative_slope, eps, chosen
-    )[0]
+    scale, bias, noise, noise_weight, channel_bias = [
+        None if t is None else to_dtype(t, wide) for t in (scale, bias, noise, noise_weight, channel_bias)
+    ]
+    return op.forward(x, scale, bias, noise, seed, noise_weight, channel_bias, negative_slope, eps, chosen)[0]
 
 
 def _check(
@@ -77,14 +75,15 @@ def _check(
 ) -> None:  # fmt: skip
     check_planes("x", x)
     images, channels, *pixels = x.shape
-    check_parameter("scale", scale, [(images, channels)], x)
-    check_parameter("bias", bias, [(images, channels)], x)
+    planes, per_channel = [(images, channels)], [(channels,)]
+    check_parameter("scale", scale, planes, x)
+    check_parameter("bias", bias, planes, x)
     if noise is not None:
         check_parameter("noise", noise, [(images, 1, *pixels), (1, 1, *pixels)], x)
         if noise_weight is None:
             raise ValueError("noise needs noise_weight, the weight of every channel, got None")
     for name, parameter in (("noise_weight", noise_weight), ("channel_bias", channel_bias)):
         if parameter is not None:
-            check_parameter(name, parameter, [(channels,)], x)
+            check_parameter(name, parameter, per_channel, x)
     check_finite("negative_slope", negative_slope)
     check_positive("eps", eps)

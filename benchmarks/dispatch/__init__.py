@@ -1,0 +1,1 @@
+"""What a call of an op costs before its kernel: ``python -m pytest benchmarks/dispatch``."""
