@@ -37,7 +37,7 @@ _TENSOR_LIST = "List[Tensor]"
 def direct(
     dispatched: torch._ops.OpOverload,
     implementation: Callable[..., Any],
-    save: Callable[..., None] | None,
+    save: Callable[..., Any] | None,
     gradient: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
     """An op to be called with positional arguments: by its implementation where it can be, else as torch dispatches it.
@@ -55,7 +55,9 @@ def direct(
     lists = [place for place, kind in enumerate(types) if kind == _TENSOR_LIST]
     floats = [place for place, kind in enumerate(types) if kind == "float"]
     differentiable = _differentiable if not lists else _differentiable_with_lists
-    with_gradient = None if gradient is None else differentiable(dispatched, implementation, save, gradient)
+    with_gradient = None
+    if save is not None and gradient is not None:
+        with_gradient = differentiable(dispatched, implementation, save, gradient)
 
     def call(*args: Any) -> Any:
         if (

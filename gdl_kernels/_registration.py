@@ -54,7 +54,7 @@ def register(
         out = outputs(*args)
         backend = args[-1]
         if backend == "cpu":
-            _prefer_huge_pages(out if type(out) is tuple else (out,))
+            _prefer_huge_pages(out if isinstance(out, tuple) else (out,))
         kernels[backend](out, *args)
         return out
 
@@ -86,7 +86,7 @@ def launchers(package: str | None, name: str, backends: Iterable[str]) -> dict[s
     return {backend: launcher(backend) for backend in backends}
 
 
-def _prefer_huge_pages(outputs: Iterable[Tensor | list[Tensor]]) -> None:
+def _prefer_huge_pages(outputs: Iterable[Any]) -> None:
     for out in outputs:
         if isinstance(out, list):
             _prefer_huge_pages(out)

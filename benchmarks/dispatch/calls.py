@@ -108,8 +108,8 @@ def _(gradient: bool) -> Call:
 
 @_torchs("F.scaled_dot_product_attention")
 def _(gradient: bool) -> Call:
-    tensors = [torch.randn(1, 1, 16, 16, requires_grad=gradient) for _ in range(3)]
-    return Call(lambda: F.scaled_dot_product_attention(*tensors, is_causal=True), tensors)
+    query, key, value = (torch.randn(1, 1, 16, 16, requires_grad=gradient) for _ in range(3))
+    return Call(lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True), (query, key, value))
 
 
 @_torchs("F.embedding")
@@ -133,10 +133,12 @@ def _(gradient: bool) -> Call:
 @_ours("style_epilogue")
 def _(gradient: bool) -> Call:
     x, (scale, bias), (noise_weight, channel_bias) = _images(gradient), _numbers(gradient, 1, 4), _numbers(gradient, 4)
-    noise = torch.randn(1, 1, 4, 4)
-    given = {"noise": noise, "noise_weight": noise_weight, "channel_bias": channel_bias}
-    inputs = (x, scale, bias, noise_weight, channel_bias)
-    return Call(lambda: gdl.style_epilogue(x, scale, bias, **given), inputs, bindings)
+    noise, inputs = torch.randn(1, 1, 4, 4), (x, scale, bias, noise_weight, channel_bias)
+
+    def run() -> Tensor:
+        return gdl.style_epilogue(x, scale, bias, noise=noise, noise_weight=noise_weight, channel_bias=channel_bias)
+
+    return Call(run, inputs, bindings)
 
 
 def _conditional_batch_norm(gradient: bool, training: bool) -> Call:

@@ -63,8 +63,9 @@ def style_epilogue(
             noise = reference.drawn_noise(seed, x)
         return reference.style_epilogue(x, scale, bias, noise, noise_weight, channel_bias, negative_slope, eps)
     wide = sum_dtype(x)
-    scale, bias, noise, noise_weight, channel_bias = [
-        None if t is None else to_dtype(t, wide) for t in (scale, bias, noise, noise_weight, channel_bias)
+    scale, bias = to_dtype(scale, wide), to_dtype(bias, wide)
+    noise, noise_weight, channel_bias = [
+        None if t is None else to_dtype(t, wide) for t in (noise, noise_weight, channel_bias)
     ]
     return op.forward(x, scale, bias, noise, seed, noise_weight, channel_bias, negative_slope, eps, chosen)[0]
 
