@@ -84,8 +84,8 @@ def direct(
                         return dispatched(*args)
                     wants_gradient = wants_gradient or tensor.requires_grad
         for place in floats:
-            if type(args[place]) is not float:  # the dispatcher makes it one
-                return dispatched(*args)
+            if type(args[place]) is not float:  # the dispatcher too makes it one
+                args = (*args[:place], float(args[place]), *args[place + 1 :])
         if wants_gradient and with_gradient is not None and torch.is_grad_enabled():
             return with_gradient(*args)
         return implementation(*args)
