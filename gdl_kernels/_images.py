@@ -34,13 +34,13 @@ def channels_last(x: Tensor) -> bool:
 
 def empty_like(x: Tensor, channels: int | None = None) -> Tensor:
     """Memory for an output like ``x``, or with other channels: dense, channels last where ``x`` has them last."""
-    if channels is None:
-        if x.is_contiguous():
-            return torch.empty_like(x)
-        channels = x.shape[1]
+    if channels is None and x.is_contiguous():
+        return torch.empty_like(x)
+    images, own, *pixels = x.shape
+    channels = own if channels is None else channels
     if channels_last(x):
-        return x.new_empty(x.shape[0], *x.shape[2:], channels).movedim(-1, 1)
-    return x.new_empty(x.shape[0], channels, *x.shape[2:])
+        return x.new_empty(images, *pixels, channels).movedim(-1, 1)
+    return x.new_empty(images, channels, *pixels)
 
 
 def shape(x: Tensor) -> tuple[int, int, int]:

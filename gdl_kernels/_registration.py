@@ -88,7 +88,7 @@ def launchers(package: str | None, name: str, backends: Iterable[str]) -> dict[s
 
 def _prefer_huge_pages(outputs: Iterable[Any]) -> None:
     for out in outputs:
-        if isinstance(out, list):
+        if type(out) is list:
             _prefer_huge_pages(out)
         elif out.nbytes >= HUGE_BYTES:
             _native.cpu_module().prefer_huge_pages(out.data_ptr(), out.nbytes)
