@@ -115,7 +115,7 @@ class Results:
         head, _, tail = pattern.partition("*")
         found = []
         for full, result in self._by_name.items():
-            for name in (full, result.case):
+            for name in (result.case, full):
                 if name.startswith(head) and name.endswith(tail) and len(name) >= len(head) + len(tail):
                     found.append(name[len(head) : len(name) - len(tail)])
                     break
