@@ -127,11 +127,12 @@ def mebibytes(size: float) -> str:
 def rate(flops_per_s: float | None) -> str:
     if flops_per_s is None:
         return NOTHING
-    return f"{flops_per_s / 1e12:.3g} TFLOP/s" if flops_per_s >= 1e12 else f"{flops_per_s / 1e9:.3g} GFLOP/s"
+    scale, unit = (1e12, "TFLOP/s") if flops_per_s >= 1e12 else (1e9, "GFLOP/s")
+    return f"{three_digits(flops_per_s / scale)} {unit}"
 
 
 def bandwidth(bytes_per_s: float | None) -> str:
-    return NOTHING if bytes_per_s is None else f"{bytes_per_s / 1e9:.3g} GB/s"
+    return NOTHING if bytes_per_s is None else f"{three_digits(bytes_per_s / 1e9)} GB/s"
 
 
 def bar_value(unit: str, value: float) -> str:

@@ -106,8 +106,8 @@ class Results:
             return found[0]
         if found:
             raise ValueError(f"the case {name!r} is of {' and of '.join(r.op for r in found)}: write `op: case`")
-        names = [*self._by_name, *(r.case for r in self._by_name.values())]
-        close = difflib.get_close_matches(name, names, n=3, cutoff=0) or names[:3]
+        names = dict.fromkeys([*(r.case for r in self._by_name.values()), *self._by_name])
+        close = difflib.get_close_matches(name, names, n=3, cutoff=0)
         raise ValueError(f"no file has the case {name!r}; closest: {', '.join(map(repr, close))}")
 
     def matching(self, pattern: str) -> list[str]:
