@@ -15,7 +15,7 @@ from .block import Block, Entry, Mistake, of_line
 from .sources import Results, Source
 
 _FIELD = re.compile(r"\{([^{}]*)\}")
-_QUANTITY = re.compile(r"(?P<what>[\w -]+?)(?: (?:of|over) (?P<who>.+))?")
+_QUANTITY = re.compile(r"(?P<what>speed-up(?= over )|\w+(?! over ))(?: (?:of|over) (?P<who>.+))?")
 
 #: Of one contestant in one case; None where it is not known.
 _OF_A_ROW: dict[str, Callable[[Result, Row], str | None]] = {
@@ -115,7 +115,7 @@ def _value(text: str, result: Result, results: Results) -> tuple[str | None, str
     match = _QUANTITY.fullmatch(text)
     if match is None or match["what"] not in _OF_A_ROW:
         known = ", ".join([*_OF_A_ROW, *_OF_A_CURVE, "shape"])
-        raise ValueError(f"a quantity must be one of {known}, with `of` or `over` a contestant, got {text!r}")
+        raise ValueError(f"a quantity must be one of {known}, `of` a contestant (speed-up `over` one), got {text!r}")
     row = _contestant(result, match["who"] or "ours")
     if row is None:
         return None, NOTHING

@@ -253,6 +253,8 @@ def test_a_comparison_without_its_commit_is_refused(root: Path) -> None:
         ("4×4", "*×5", r"9: no file has a case like '\*×5'"),
         ("{share}", "{share of FlexAttention}", r"7: no row has a value for .*; the contestants are 'eager, slow', "),
         ("{share}", "{shares}", r"7: a quantity must be one of time, .*, got 'shares'"),
+        ("{share}", "{speed-up}", r"7: a quantity must be .*, got 'speed-up'"),
+        ("{share}", "{time over eager}", r"7: a quantity must be .*, got 'time over eager'"),
         ("{share}", "share", r"7: must have a quantity in braces, got 'share'"),
         ("  of a copy = {share}", "  {share}", r"7: a column must be `heading = cell`, got '\{share\}'"),
         ("rows size", "row size", r"8: must be `from FILE`, `columns`, `rows`, or indented .*, got 'row size'"),
