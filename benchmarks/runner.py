@@ -20,7 +20,8 @@ def run(op: str, case: Case, plan: Plan, say: Callable[[str], None] = lambda _: 
     """Measure one case.
 
     Every contestant first computes the first set of inputs, which is compared with float64 and compiles whatever
-    compiles; then memory is measured over one call, and on a GPU what it launches; those that were right are then timed by turns with the ceiling.
+    compiles; then memory, and on a GPU what is launched, are measured over one call; those that were right are then
+    timed by turns with the ceiling.
     """
     generator = torch.Generator(case.device)
     seed = generator.seed()
