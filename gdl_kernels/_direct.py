@@ -50,13 +50,14 @@ def direct(
     Returns:
         The op; its attribute ``dispatched`` is the registered one.
     """
-    types = [str(argument.type) for argument in dispatched._schema.arguments]
+    schema = dispatched._schema
+    types, outputs = ([str(t.type) for t in side] for side in (schema.arguments, schema.returns))
     single = [place for place, kind in enumerate(types) if kind in _TENSORS]
     lists = [place for place, kind in enumerate(types) if kind == _TENSOR_LIST]
     floats = [place for place, kind in enumerate(types) if kind == "float"]
-    differentiable = _differentiable if not lists else _differentiable_with_lists
-    with_gradient = None
+    with_gradient: Callable[..., Any] = dispatched
     if save is not None and gradient is not None:
+        differentiable = _differentiable_with_lists if _TENSOR_LIST in types + outputs else _differentiable
         with_gradient = differentiable(dispatched, implementation, save, gradient)
 
     def call(*args: Any) -> Any:
@@ -67,26 +68,23 @@ def direct(
             or _profiler_is_on()
         ):
             return dispatched(*args)
+        tensors = [args[place] for place in single]
+        for place in lists:
+            tensors += args[place]
         wants_gradient = False
-        for place in single:
-            tensor = args[place]
+        for tensor in tensors:
             if tensor is None:
                 continue
-            if type(tensor) not in _PLAIN or tensor.is_neg() or tensor._is_zerotensor():
+            if type(tensor) not in _PLAIN:
                 return dispatched(*args)
-            wants_gradient = wants_gradient or tensor.requires_grad
-        for place in lists:
-            for tensor in args[place]:
-                if type(tensor) not in _PLAIN:
+            if tensor.is_floating_point():  # the many of a layout are not
+                if tensor.is_neg() or tensor._is_zerotensor():  # what it holds is not what is in its memory
                     return dispatched(*args)
-                if tensor.is_floating_point():  # the many of a layout are not
-                    if tensor.is_neg() or tensor._is_zerotensor():
-                        return dispatched(*args)
-                    wants_gradient = wants_gradient or tensor.requires_grad
+                wants_gradient = wants_gradient or tensor.requires_grad
         for place in floats:
             if type(args[place]) is not float:  # the dispatcher too makes it one
                 args = (*args[:place], float(args[place]), *args[place + 1 :])
-        if wants_gradient and with_gradient is not None and torch.is_grad_enabled():
+        if wants_gradient and torch.is_grad_enabled():
             return with_gradient(*args)
         return implementation(*args)
 
