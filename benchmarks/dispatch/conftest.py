@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 from rich import box
 from rich.console import Console
@@ -9,14 +11,21 @@ from rich.table import Table
 
 from .calls import OURS, TORCHS
 
-FORWARD, KERNEL = "forward", "its kernel"
-WITH_GRADIENT, FORWARD_BACKWARD = "forward with a gradient", "forward and backward"
+FORWARD, WITH_GRADIENT, FORWARD_BACKWARD = "forward", "forward with a gradient", "forward and backward"
 
-#: Microseconds that a call may take besides its kernel: forward without a gradient, and forward with one.
+#: Microseconds that a call may take besides its kernel.
 ASKED = {FORWARD: 10, WITH_GRADIENT: 40}
 
-#: By call and by what was timed, the seconds of its fastest round.
-MEASURED = pytest.StashKey[dict[str, dict[str, float]]]()
+
+class Measured(NamedTuple):
+    """Seconds: of the fastest round, and of the kernel in it where there is one."""
+
+    seconds: float
+    kernel: float | None = None
+
+
+#: By call, then by what was timed.
+MEASURED = pytest.StashKey[dict[str, dict[str, Measured]]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -27,35 +36,34 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     measured = config.stash[MEASURED]
     if not measured:
         return
-    console = Console(width=120, file=terminalreporter._tw._file)
+    console = Console(width=130, file=terminalreporter._tw._file)
     console.print(table(measured))
 
 
-def table(measured: dict[str, dict[str, float]]) -> Table:
-    """Bars are of the time besides the kernel; calls without one are of PyTorch's own ops."""
+def table(measured: dict[str, dict[str, Measured]]) -> Table:
+    """Bars are of the time besides the kernel; calls without one are of PyTorch's own ops, and have no bars."""
     shown = Table(title="What a call costs, in microseconds (the fastest round)", box=box.SIMPLE_HEAD)
     shown.add_column("call", no_wrap=True)
-    shown.add_column(FORWARD, justify="right")
-    shown.add_column(KERNEL, justify="right")
     for what, asked in ASKED.items():
-        shown.add_column(f"{what}, less the kernel:\nasked ≤ {asked}", justify="right")
+        shown.add_column(what, justify="right")
+        shown.add_column("kernel", justify="right")
+        shown.add_column(f"besides:\nasked ≤ {asked}", justify="right")
     shown.add_column(FORWARD_BACKWARD, justify="right")
     for name in (*TORCHS, *OURS):
-        if name not in measured:
-            continue
-        times = {what: 1e6 * seconds for what, seconds in measured[name].items()}
-        cells = [_microseconds(times.get(what)) for what in (FORWARD, KERNEL)]
-        cells += [_besides(times.get(what), times.get(KERNEL), asked) for what, asked in ASKED.items()]
-        shown.add_row(name, *cells, _microseconds(times.get(FORWARD_BACKWARD)), end_section=name == list(TORCHS)[-1])
+        if name in measured:
+            cells = [cell for what, asked in ASKED.items() for cell in _cells(measured[name].get(what), asked)]
+            whole = _cells(measured[name].get(FORWARD_BACKWARD), 0)[0]
+            shown.add_row(name, *cells, whole, end_section=name == list(TORCHS)[-1])
     return shown
 
 
-def _besides(time: float | None, kernel: float | None, asked: float) -> str:
-    if time is None or kernel is None:
-        return _microseconds(time)
-    besides = time - kernel
-    return f"{besides:.1f} " + ("[green]met   [/]" if besides <= asked else "[red]missed[/]")
-
-
-def _microseconds(time: float | None) -> str:
-    return "–" if time is None else f"{time:.1f}"
+def _cells(time: Measured | None, asked: float) -> tuple[str, str, str]:
+    """All of it, the kernel, and what is left."""
+    if time is None:
+        return "–", "–", "–"
+    whole = f"{1e6 * time.seconds:.1f}"
+    if time.kernel is None:
+        return whole, "–", "–"
+    besides = 1e6 * (time.seconds - time.kernel)
+    verdict = "[green]met   [/]" if besides <= asked else "[red]missed[/]"
+    return whole, f"{1e6 * time.kernel:.1f}", f"{besides:.1f} {verdict}"

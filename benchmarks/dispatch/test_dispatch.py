@@ -10,51 +10,52 @@ import torch
 from torch import Tensor
 
 from .calls import OURS, TORCHS, Call
-from .conftest import FORWARD, FORWARD_BACKWARD, KERNEL, MEASURED, WITH_GRADIENT
+from .conftest import FORWARD, FORWARD_BACKWARD, MEASURED, WITH_GRADIENT, Measured
 
-CALLS = pytest.mark.parametrize("name", [*TORCHS, *OURS])
+Time = Callable[..., None]
+
+pytestmark = pytest.mark.parametrize("name", [*TORCHS, *OURS])
 
 
-def timed(request: pytest.FixtureRequest, benchmark: Any, name: str, what: str, run: Callable[[], Any]) -> None:
-    benchmark.group = what
-    benchmark(run)
-    if benchmark.stats is not None:  # so with --benchmark-disable
-        request.config.stash[MEASURED].setdefault(name, {})[what] = benchmark.stats.stats.min
+@pytest.fixture
+def time(request: pytest.FixtureRequest, benchmark: Any, name: str) -> Time:
+    """``time(what, run)``, and with a call also its kernel."""
+
+    def timed(what: str, run: Callable[[], Any], call: Call | None = None) -> None:
+        benchmark.group = what
+        benchmark(run)
+        kernel = None if call is None or call.kernel is None else call.kernel(run)
+        if benchmark.stats is not None:  # not so with --benchmark-disable
+            benchmark.extra_info["kernel"] = kernel
+            measured = Measured(benchmark.stats.stats.min, kernel)
+            request.config.stash[MEASURED].setdefault(name, {})[what] = measured
+
+    return timed
 
 
 def made(name: str, gradient: bool) -> Call:
-    return (OURS | TORCHS)[name](gradient)
+    call = (OURS | TORCHS)[name](gradient)
+    if gradient and not call.inputs:
+        pytest.skip(f"{name} has nothing to differentiate by")
+    return call
 
 
-@CALLS
-def test_forward(name: str, benchmark: Any, request: pytest.FixtureRequest) -> None:
+@torch.no_grad()
+def test_forward(name: str, time: Time) -> None:
     call = made(name, gradient=False)
-    with torch.no_grad():
-        timed(request, benchmark, name, FORWARD, call.run)
-        if call.kernel is not None:
-            seconds = call.kernel(call.run)
-            benchmark.extra_info[KERNEL] = seconds
-            request.config.stash[MEASURED].setdefault(name, {})[KERNEL] = seconds
+    time(FORWARD, call.run, call)
 
 
-@CALLS
-def test_forward_with_a_gradient(name: str, benchmark: Any, request: pytest.FixtureRequest) -> None:
+def test_forward_with_a_gradient(name: str, time: Time) -> None:
     call = made(name, gradient=True)
-    if not call.inputs:
-        pytest.skip(f"{name} has nothing to differentiate by")
     assert outputs(call)[0].requires_grad
-    timed(request, benchmark, name, WITH_GRADIENT, call.run)
+    time(WITH_GRADIENT, call.run, call)
 
 
-@CALLS
-def test_forward_and_backward(name: str, benchmark: Any, request: pytest.FixtureRequest) -> None:
+def test_forward_and_backward(name: str, time: Time) -> None:
     call = made(name, gradient=True)
-    if not call.inputs:
-        pytest.skip(f"{name} has nothing to differentiate by")
     grads = [torch.ones_like(out) for out in outputs(call)]
-    timed(
-        request, benchmark, name, FORWARD_BACKWARD, lambda: torch.autograd.grad(outputs(call), call.inputs, grads)
-    )
+    time(FORWARD_BACKWARD, lambda: torch.autograd.grad(outputs(call), call.inputs, grads))
 
 
 def outputs(call: Call) -> list[Tensor]:

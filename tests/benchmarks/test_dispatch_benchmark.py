@@ -43,12 +43,15 @@ def test_the_time_of_bindings_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_table_holds_bars_against_what_is_left_without_the_kernel() -> None:
     measured = {
-        "F.group_norm": {conftest.FORWARD: 4e-6},
-        "adain": {conftest.FORWARD: 11e-6, conftest.KERNEL: 1.5e-6, conftest.WITH_GRADIENT: 42e-6},
+        "F.group_norm": {conftest.FORWARD: conftest.Measured(4e-6)},
+        "adain": {
+            conftest.FORWARD: conftest.Measured(11e-6, 1.5e-6),
+            conftest.WITH_GRADIENT: conftest.Measured(42.5e-6, 2e-6),
+        },
     }
     console = Console(width=160)
     with console.capture() as capture:
         console.print(conftest.table(measured))
     shown = {line.split()[0]: line.split()[1:] for line in capture.get().splitlines() if line.split()}
-    assert shown["F.group_norm"] == ["4.0", "–", "4.0", "–", "–"]
-    assert shown["adain"] == ["11.0", "1.5", "9.5", "met", "40.5", "missed", "–"]
+    assert shown["F.group_norm"] == ["4.0", "–", "–", "–", "–", "–", "–"]
+    assert shown["adain"] == ["11.0", "1.5", "9.5", "met", "42.5", "2.0", "40.5", "missed", "–"]
