@@ -93,8 +93,8 @@ def lines(x: Tensor, last: bool) -> Lines:
 def array(x: Tensor, last: bool, kept: list[Tensor]) -> tuple[int, int, int]:
     """What a binding takes of it: address, strides of images and of lines. A copy that it is of is put in ``kept``."""
     if not last and x.is_contiguous():
-        image, line, *_ = x.stride()
-        return x.data_ptr(), image, line
+        strides = x.stride()
+        return x.data_ptr(), strides[0], strides[1]
     found = lines(x, last)
     kept.append(found.tensor)
     return found.array()

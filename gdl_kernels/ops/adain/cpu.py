@@ -64,7 +64,7 @@ def double_backward(
 
 
 class _Frame:
-    """What all passes over images like ``out`` take. Keeps the copies that it makes, for as long as it lives."""
+    """What all passes over images like ``out`` take. Keeps what it makes for them, for as long as it lives."""
 
     def __init__(self, out: Tensor) -> None:
         self.dtype = out.dtype
@@ -79,8 +79,10 @@ class _Frame:
 
     def planes(self, parameter: Tensor) -> int:
         """The address of one number a plane, or a channel."""
-        self._kept.append(parameter.contiguous())
-        return self._kept[-1].data_ptr()
+        if not parameter.is_contiguous():
+            parameter = parameter.contiguous()
+            self._kept.append(parameter)
+        return parameter.data_ptr()
 
     def prologue(
         self, noise: Tensor | None, seed: Tensor | None, noise_weight: Tensor | None, channel_bias: Tensor | None,
@@ -92,6 +94,7 @@ class _Frame:
         if seed is not None:
             double = self.dtype == torch.float64
             noise = torch.empty(images, pixels, dtype=torch.float64 if double else torch.float32)
+            self._kept.append(noise)
             _native.cpu_module().adain_noise(int(seed), images, pixels, double, noise.data_ptr(), self.threads)
         image = 0 if noise is None or noise.shape[0] == 1 else pixels
         addresses = [0 if t is None else self.planes(t) for t in (noise, noise_weight, channel_bias)]
