@@ -84,7 +84,7 @@ def direct(
         for place in floats:
             if type(args[place]) is not float:  # the dispatcher too makes it one
                 args = (*args[:place], float(args[place]), *args[place + 1 :])
-        if wants_gradient and torch.is_grad_enabled():
+        if wants_gradient and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
             return with_gradient(*args)
         return implementation(*args)
 

@@ -88,6 +88,9 @@ def test_plain_calls_go_past_the_dispatcher(kind: str) -> None:
 def test_without_grad_mode_there_is_no_graph() -> None:
     with torch.no_grad():
         assert not gdl.pixel_norm(images().requires_grad_()).requires_grad
+    x = images().requires_grad_()
+    with torch.inference_mode(), torch.enable_grad():  # inference mode wins, as in all of torch
+        assert not gdl.pixel_norm(x).requires_grad
 
 
 @needs_cpu
