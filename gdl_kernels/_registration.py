@@ -54,7 +54,7 @@ def register(
         out = outputs(*args)
         backend = args[-1]
         if backend == "cpu":
-            _prefer_huge_pages(out if isinstance(out, tuple) else (out,))
+            _prefer_huge_pages(out)
         kernels[backend](out, *args)
         return out
 
@@ -72,23 +72,22 @@ def launchers(package: str | None, name: str, backends: Iterable[str]) -> dict[s
     A backend's module is imported at its first call: triton need not be installed, and takes a while to import.
     """
 
-    def launcher(backend: str) -> Kernel:
-        kernel: Kernel | None = None
+    found: dict[str, Kernel] = {}
 
+    def launcher(backend: str) -> Kernel:
         def launch(*args: Any) -> None:
-            nonlocal kernel
-            if kernel is None:
-                kernel = getattr(importlib.import_module(f".{backend}", package), name)
-            kernel(*args)
+            found[backend] = getattr(importlib.import_module(f".{backend}", package), name)
+            found[backend](*args)
 
         return launch
 
-    return {backend: launcher(backend) for backend in backends}
+    found.update((backend, launcher(backend)) for backend in backends)
+    return found
 
 
-def _prefer_huge_pages(outputs: Iterable[Any]) -> None:
-    for out in outputs:
-        if type(out) is list:
-            _prefer_huge_pages(out)
-        elif out.nbytes >= HUGE_BYTES:
-            _native.cpu_module().prefer_huge_pages(out.data_ptr(), out.nbytes)
+def _prefer_huge_pages(out: Any) -> None:
+    if not isinstance(out, Tensor):
+        for part in out:
+            _prefer_huge_pages(part)
+    elif out.nbytes >= HUGE_BYTES:
+        _native.cpu_module().prefer_huge_pages(out.data_ptr(), out.nbytes)

@@ -43,8 +43,7 @@ def minibatch_stddev(
         RuntimeError: if ``backend`` was given and can't serve the call.
     """
     _check(x, group_size, num_features, eps)
-    call = {"group_size": group_size, "num_features": num_features, "eps": eps}
-    chosen = op.choices.pick(x.device, backend, x, **call)
+    chosen = op.choices.pick(x.device, backend, x, group_size=group_size, num_features=num_features, eps=eps)
     if chosen == "reference":
         return reference.minibatch_stddev(x, group_size, num_features, eps)
     return op.forward(x, group_size, num_features, eps, chosen)
@@ -54,14 +53,14 @@ def _check(x: Tensor, group_size: int, num_features: int, eps: float) -> None:
     check_floating("x", x)
     if x.dim() < 2:
         raise ValueError(f"x must be (N, C, *spatial), got shape {tuple(x.shape)}")
-    if math.prod(x.shape[1:]) == 0:
+    if x.numel() == 0 and math.prod(x.shape[1:]) == 0:
         raise ValueError(f"x must have a channel and a pixel at least, got shape {tuple(x.shape)}")
     for name, value in (("group_size", group_size), ("num_features", num_features)):
         if not isinstance(value, int):
             raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    batch, channels = x.shape[:2]
+    batch, channels, *_ = x.shape
     if batch > group_size and batch % group_size:
         fits = next(size for size in range(group_size, 0, -1) if batch % size == 0)
         raise ValueError(

@@ -20,6 +20,6 @@ def _launch(kernel: str, x: Tensor, group_size: int, num_features: int, eps: flo
     kept: list[Tensor] = []
     arrays = [_images.array(t, last, kept) for t in tensors]
     dtype = str(x.dtype).removeprefix("torch.")
-    group = min(group_size, x.shape[0])
+    shape = _images.shape(x)
     native = getattr(_native.cpu_module(), kernel)
-    native(dtype, _images.shape(x), last, group, num_features, eps, *arrays, _native.threads(x.numel()))
+    native(dtype, shape, last, min(group_size, shape[0]), num_features, eps, *arrays, _native.threads(x.numel()))

@@ -14,14 +14,15 @@ from .rows import contiguous_rows
 
 def forward(out: Tensor, tokens: Tensor, weight: Tensor, scale: float, start: int, backend: str) -> None:
     ids, table = _ids(tokens), contiguous_rows(weight)
-    steps = phase_steps(weight.shape[1], weight.device)
+    rows, width = table.shape
+    steps = phase_steps(width, table.device)
     native = _native.cpu_module().positional_embedding_forward
     ok = native(
-        _dtype(weight), ids.data_ptr(), ids.numel(), ids.shape[-1], table.data_ptr(), table.stride(0), *table.shape,
+        _dtype(weight), ids.data_ptr(), ids.numel(), ids.shape[-1], table.data_ptr(), table.stride()[0], rows, width,
         scale, start, steps.data_ptr(), out.data_ptr(), _native.threads(out.numel()),
     )  # fmt: skip
     if not ok:
-        check_range(tokens, weight.shape[0])
+        check_range(tokens, rows)
 
 
 def backward(
