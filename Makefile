@@ -34,7 +34,7 @@ test: $(VENV)/installed
 	$(say) "mypy"
 	@$(VENV)/bin/mypy
 	$(say) "pytest"
-	@$(PY) -m pytest -q -m "not gpu"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 --dist worksteal -m "not gpu"
 
 ifeq ($(origin PYTHON),file)
 gpu: $(VENV)/installed
