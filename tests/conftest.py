@@ -25,6 +25,14 @@ def _drawn_numbers(request: pytest.FixtureRequest) -> None:
         torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
+@pytest.fixture(autouse=True)
+def _shared_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Of several processes that test on one GPU, none keeps memory that it has no use for."""
+    yield
+    if "PYTEST_XDIST_WORKER" in os.environ and request.node.get_closest_marker("gpu"):
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def nan_poison() -> Iterator[None]:
     """Memory that torch.empty and its like return is full of NaN, so what a kernel forgets to write shows."""
