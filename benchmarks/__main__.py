@@ -60,7 +60,7 @@ def main(
         list[str] | None, typer.Option(help="Only cases with this in their name; may be given again, for either.")
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="Leave out cases that don't fit: the time left is divided evenly among the ops.")
+        float | None, typer.Option(help="Leave out what doesn't fit; what is left is divided evenly among the ops.")
     ] = None,
     json: Annotated[
         Path | None, typer.Option(dir_okay=False, help="Also write the run to this file, after every case.")
@@ -156,7 +156,7 @@ def write_page(
 def measure_configurations(
     minutes: Annotated[float, typer.Option(help="No kernel's search is begun later.")] = 60.0,
     out: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="The table to write, after every kernel; the package's by default.")
+        Path | None, typer.Option(dir_okay=False, help="The table to write, after every kernel; else the package's.")
     ] = None,
 ) -> None:
     """Time the Triton kernels of the attentions in other tiles, and write the table of the fastest.
@@ -168,8 +168,8 @@ def measure_configurations(
     from gdl_kernels import _tuned
 
     from .tune import gpu_capability, tune
+    from .tune.descent import gpu_clock
     from .tune.problems import problems
-    from .tune.search import gpu_clock
 
     console = _console()
     failed = tune(

@@ -15,8 +15,8 @@ from gdl_kernels import _tuned
 from models.atomic import replacing
 
 from ..machine import commit, versions
+from .descent import Clock, Found, search
 from .problems import Problem
-from .search import Clock, Found, search
 
 
 def tune(
@@ -34,13 +34,14 @@ def tune(
         path: the table that is written; one that is there is replaced.
         gpu: the name of what is measured.
         say: is told what happens, in lines.
-        clock: see :data:`search.Clock`.
+        clock: see :data:`descent.Clock`.
         seconds: no problem is begun after so many.
 
     Returns:
         The problems that got no row because the launcher's own choice is wrong or raises, each with the reason.
     """
-    about = {"gpu": gpu, "versions": versions(), **commit(), "date": datetime.now(timezone.utc).isoformat("T", "seconds")}
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    about = {"gpu": gpu, "versions": versions(), **commit(), "date": date}
     end = time.monotonic() + seconds
     rows: list[dict[str, Any]] = []
     failed = []

@@ -17,6 +17,7 @@ from gdl_kernels.ops.minibatch_self_attention.triton import launch as minibatch
 from gdl_kernels.ops.sparse_attention.triton import launch as sparse
 
 from ..cases import short
+from ..correctness import Outputs
 from ..ops.minibatch_self_attention import SIZES
 from ..ops.sparse_attention import SIZE, WINDOW
 from ..ops.sparse_attention.patterns import local_and_every_fourth_block
@@ -51,40 +52,34 @@ class Problem:
     def __str__(self) -> str:
         return f"{self.op}, {self.kernel}, {self.shape}"
 
-    def prepared(self) -> tuple[Callable[[], tuple[Tensor, ...]], tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The pass that launches the kernel; what plain PyTorch computes in its stead, in the same dtype and float64."""
+    def prepared(self) -> tuple[Callable[[], Outputs], Outputs, Outputs]:
+        """The pass that launches the kernel, and what plain PyTorch gives for it in the same dtype and in float64."""
         inputs, order = self.inputs(), ORDERS[self.kernel]
-        drawn = functools.partial(torch.Generator, inputs[0].device)
-        seed = drawn().seed()
+        seed = int(torch.randint(2**31, ()))
 
-        def of(backend: str, dtype: torch.dtype | None) -> Callable[[], tuple[Tensor, ...]]:
-            given = [x.to(dtype) for x in inputs]
-            return derivative(functools.partial(self.function, backend=backend), given, order, drawn().manual_seed(seed))
+        def of(backend: str, dtype: torch.dtype) -> Callable[[], Outputs]:
+            generator = torch.Generator(inputs[0].device).manual_seed(seed)
+            function = functools.partial(self.function, backend=backend)
+            return derivative(function, [x.to(dtype) for x in inputs], order, generator)
 
-        exact = of("reference", torch.float64)()
-        return of("triton", None), of("reference", None)(), tuple(x.detach() for x in exact)
+        dtype = inputs[0].dtype
+        return of("triton", dtype), of("reference", dtype)(), of("reference", torch.float64)()
 
 
 def derivative(
     function: Function, inputs: list[Tensor], order: int, generator: torch.Generator
-) -> Callable[[], tuple[Tensor, ...]]:
+) -> Callable[[], Outputs]:
     """A call of the function, or of the pass that gives its first or second derivatives, their graph built beforehand.
 
-    What the derivatives are multiplied by is drawn from ``generator``, in the dtype of the generator's first use.
+    What derivatives are multiplied by is drawn from ``generator``.
     """
     if order == 0:
-
-        def forward() -> tuple[Tensor, ...]:
-            with torch.no_grad():
-                return (function(*inputs),)
-
-        return forward
+        return lambda: function(*inputs)
     leaves = [x.detach().requires_grad_() for x in inputs]
     results = [function(*leaves)]
-    for _ in range(1, order):
+    if order == 2:
         cotangents = [_drawn_like(x, generator).requires_grad_() for x in results]
-        wanted = list(leaves)
-        results = list(torch.autograd.grad(results, wanted, cotangents, create_graph=True))
+        results = list(torch.autograd.grad(results, leaves, cotangents, create_graph=True))
         leaves += cotangents
     last = [_drawn_like(x, generator) for x in results]
     return lambda: torch.autograd.grad(results, leaves, last, retain_graph=True)
@@ -97,13 +92,13 @@ def _drawn_like(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def problems(device: torch.device) -> Iterator[Problem]:
     """All, the most used first: 16-bit before float32, and the double backward of each last."""
+    layouts = [local_and_every_fourth_block(WINDOW, size).layout(SIZE.positions, size).to(device) for size in (64, 128)]
     for dtype in (torch.bfloat16, torch.float32):
         for kernels in (_tuned.KERNELS[:3], _tuned.KERNELS[3:]):
             for head_dim in (64, 128):
-                for block_size in (64, 128):
-                    layout = local_and_every_fourth_block(WINDOW, block_size).layout(SIZE.positions, block_size)
+                for layout in layouts:
                     shape = SIZE.batch, SIZE.heads, SIZE.positions, head_dim
-                    yield from sparse_problems(kernels, shape, layout.to(device), dtype, device)
+                    yield from sparse_problems(kernels, shape, layout, dtype, device)
             for name in ("BigGAN-128 G", "SAGAN D"):
                 yield from minibatch_problems(kernels, SIZES[name], dtype, device)
 
