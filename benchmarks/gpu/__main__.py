@@ -18,8 +18,9 @@ import torch
 
 from gdl_kernels import _tuned
 from models.atomic import replacing
+from models.checkout import commit
 
-from ..machine import commit, versions
+from ..machine import versions
 from .ending import Outcome, speed_table, steps_table
 from .running import GRACE, run, stoppable
 from .steps import PYTHON, ROOT, Step, steps

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..diff import read
+from ..record import read
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class Step:
 def steps(results: Path, *, long: bool) -> list[Step]:
     """All steps, the most important first. What they write goes to ``results``."""
     checks = [
-        Step("build", [PYTHON, "setup.py", "--quiet", "build_ext", "--inplace"], 130, needs=("setuptools",)),
+        Step("build", [PYTHON, "setup.py", "--quiet", "build_ext", "--inplace"], 110, needs=("setuptools",)),
         Step("info", [PYTHON, "-m", "gdl_kernels", "info"], 10, lambda log: "", needs=COMMANDS),
         verification("verify", 80),
         tests(results / "tests.xml"),
@@ -104,7 +104,7 @@ def tests(report: Path) -> Step:
     command = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", "tests/ops", "tests/nn", f"--junitxml={report}"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(JOBS), "--dist", "loadgroup"]
-    return Step("tests", command, 100, lambda log: reports.tested(report), report, ("pytest", "hypothesis"))
+    return Step("tests", command, 140, lambda log: reports.tested(report), report, ("pytest", "hypothesis"))
 
 
 def sanitizer(tool: str, share: float, dtypes: Sequence[str], *options: str) -> Step:

@@ -13,8 +13,9 @@ import torch
 
 from gdl_kernels import _tuned
 from models.atomic import replacing
+from models.checkout import commit
 
-from ..machine import commit, versions
+from ..machine import versions
 from .descent import Clock, Found, search
 from .problems import Problem
 

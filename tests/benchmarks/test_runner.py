@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+import benchmarks.__main__
 import benchmarks.ops
 from benchmarks import record
 from benchmarks.__main__ import app
 from benchmarks.cases import Case, Contestant, Task
 from benchmarks.ceilings import Ceiling, matrix_product, memory_read
 from benchmarks.correctness import error_share
+from benchmarks.launches import launches
 from benchmarks.memory import peak_growth
 from benchmarks.results import Bar, Result, Row, exponent, geometric_mean
 from benchmarks.runner import run
@@ -237,6 +239,22 @@ def test_peak_memory_sees_what_a_call_frees_again() -> None:
         assert 47 << 20 <= growth <= 60 << 20
 
 
+def test_a_cpu_launches_nothing_and_its_table_has_no_such_column() -> None:
+    result = run("square", _tiny(Contestant("square", _square)), PLAN)
+    assert result.rows[0].launches is None
+    assert "launches" not in [column.header for column in result_table(result).columns]
+    result.rows[0].launches = 3
+    table = result_table(result)
+    assert table.columns[-1].header == "launches"
+    assert list(table.columns[-1].cells) == ["–", "3"]
+
+
+@pytest.mark.gpu
+def test_launches_are_what_the_gpu_ran() -> None:
+    x = torch.randn(16, device="cuda")
+    assert launches(lambda: x.sin().cos(), torch.device("cuda")) == 2
+
+
 def test_a_ceiling_of_memory_makes_every_rate_one_of_bytes() -> None:
     def read(dtype: torch.dtype, device: torch.device) -> Ceiling:
         return Ceiling("read", lambda: torch.ones(8).sum(), bytes=32.0)
@@ -383,6 +401,50 @@ def test_cases_are_chosen_by_a_part_of_their_name(tmp_path: Path, monkeypatch: p
     outcome = CliRunner().invoke(app, [*command, "--case", "huge"], env={"COLUMNS": "200"})
     assert outcome.exit_code == 2
     assert "must be part of a case's name, got 'huge'" in outcome.output
+
+
+def test_the_run_is_written_after_every_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is taken away takes nothing but the case at hand."""
+    (tmp_path / "broken_off.py").write_text(TWO_CASES.replace("def bars", "    raise KeyboardInterrupt\n\ndef bars"))
+    monkeypatch.setattr(benchmarks.ops, "__path__", [*benchmarks.ops.__path__, str(tmp_path)])
+    path = tmp_path / "run.json"
+    outcome = CliRunner().invoke(app, ["--op", "broken_off", "--quick", "--device", "cpu", "--json", str(path)])
+    assert outcome.exit_code != 0
+    run_ = json.loads(path.read_text())
+    assert [result["case"] for result in run_["results"]] == ["square, small", "square, large"]
+    assert len(run_["bars"]) == 1
+
+
+def test_what_time_is_not_enough_for_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of two ops has half of the time, and a case at least; the second has what the first has left over."""
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.py").write_text(TWO_CASES)
+    monkeypatch.setattr(benchmarks.ops, "__path__", [*benchmarks.ops.__path__, str(tmp_path)])
+    path, now = tmp_path / "run.json", [0.0]
+    monkeypatch.setattr(benchmarks.__main__.time, "monotonic", lambda: now[0])
+    measure = benchmarks.__main__.run
+
+    def taking(seconds: float) -> Callable[..., Result]:
+        def taking_so_long(name: str, case: Case, *rest: Any) -> Result:
+            now[0] += seconds
+            return measure(name, case, PLAN, *rest[1:])
+
+        return taking_so_long
+
+    command = ["--op", "first", "--op", "second", "--quick", "--device", "cpu", "--json", str(path), "--minutes", "1"]
+    for seconds, counts, cut_short in (
+        (25.0, {"first": 2, "second": 1}, {"second": 1}),
+        (31.0, {"first": 1, "second": 1}, {"first": 1, "second": 1}),
+        (61.0, {"first": 1}, {"first": 1, "second": 0}),
+        (1.0, {"first": 2, "second": 2}, {}),
+    ):
+        now[0] = 0.0
+        monkeypatch.setattr(benchmarks.__main__, "run", taking(seconds))
+        outcome = CliRunner().invoke(app, command)
+        assert outcome.exit_code == 0, outcome.output
+        run_ = json.loads(path.read_text())
+        assert run_["cut_short"] == cut_short
+        assert {op: sum(r["op"] == op for r in run_["results"]) for op in counts} == counts
 
 
 @pytest.mark.parametrize(
