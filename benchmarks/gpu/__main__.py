@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import re
@@ -23,10 +24,7 @@ from models.checkout import commit
 from ..machine import versions
 from .ending import Outcome, speed_table, steps_table
 from .running import GRACE, run, stoppable
-from .steps import PYTHON, ROOT, Step, steps
-
-#: No step is begun with less than so many seconds: torch alone takes some to start.
-LEAST = 15.0
+from .steps import LEAST, PYTHON, ROOT, Step, steps
 
 #: The minutes that all steps have, unless it is said how many.
 QUICK, LONG = 10.0, 240.0
@@ -45,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(f"make gpu needs a CUDA GPU, and torch {torch.__version__} in {PYTHON} sees none.", file=sys.stderr)
         return 1
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a sign is no reason to stop
     end = time.monotonic() + 60 * minutes
     gpu = torch.cuda.get_device_name()
     results = asked.results or ROOT / "benchmarks" / "results" / re.sub(r"\W+", "-", gpu).strip("-").lower()
@@ -73,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_all(planned: Sequence[Step], results: Path, end: float, about: Mapping[str, Any]) -> dict[str, Outcome]:
     """Run the steps until ``end``, in seconds of ``time.monotonic``; after each, ``results/checks.json`` is written.
 
-    A step may take its share of the time that is left, among those that are still to come, or ``LEAST`` if that is
-    less: so one that hangs costs the others nothing, and what one leaves over goes to all that follow.
+    A step may take its share of the time that is left, among those that are still to come, or its ``least`` if that is
+    more: so one that hangs doesn't take what the others need, and what one leaves over goes to all that follow.
     """
     logs = results / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def run_all(planned: Sequence[Step], results: Path, end: float, about: Mapping[s
                 else:
                     started = time.monotonic()
                     try:
-                        limit = max(LEAST, left * step.share / shares)
+                        limit = min(left, max(step.least, left * step.share / shares))
                         outcomes[step.name] = run_step(step, _log(logs, step), limit)
                     except KeyboardInterrupt:
                         interrupted = True
@@ -120,6 +120,7 @@ def run_step(step: Step, log: Path, limit: float) -> Outcome:
         "GDL_KERNELS_REQUIRE_NATIVE": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
+        "PYTHONIOENCODING": "utf-8",  # whatever the terminal's is
         **step.environment,
     }
     started = time.monotonic()

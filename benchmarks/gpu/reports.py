@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 
 
 def last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    """The last that has words."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if re.search(r"\w", line)]
     return lines[-1][:100] if lines else ""
 
 

@@ -35,8 +35,8 @@ GROUPS = {
     "weights": (40, ("spectral_normalize", "orthogonal_regularization", "orthogonalize")),
 }
 
-#: How much longer measuring every case takes than measuring a few.
-FULL = 60
+#: No step is begun with fewer seconds: torch alone takes some to start.
+LEAST = 15.0
 
 #: Modules that each part of the project imports besides torch.
 COMMANDS = ("typer", "rich")
@@ -48,13 +48,14 @@ class Step:
     """A command, and what has to be known to run it and to tell how it ended.
 
     Attributes:
-        share: of the time that is left, as against the shares of those that follow.
+        share: of the time that is left, as against the shares of those that follow; in the quick form, about seconds.
         report: a few words on what it found, from its log.
         writes: the file that has what it found.
         needs: modules that it imports and a machine may lack.
         missing: another reason why it can't be run.
         refused: printed by a command that can't work on this machine: it was then not run.
         takes_minutes: whether the command is told how long it has, by ``--minutes``.
+        least: seconds that it may take whatever its share, if they are left.
         environment: variables that are set for it.
     """
 
@@ -67,6 +68,7 @@ class Step:
     missing: str = ""
     refused: str = ""
     takes_minutes: bool = False
+    least: float = LEAST
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -78,33 +80,37 @@ class Step:
 
 def steps(results: Path, *, long: bool) -> list[Step]:
     """All steps, the most important first. What they write goes to ``results``."""
+    build = [PYTHON, "setup.py", "--quiet", "build_ext", "--inplace"]
     checks = [
-        Step("build", [PYTHON, "setup.py", "--quiet", "build_ext", "--inplace"], 110, needs=("setuptools",)),
+        Step("build", build, 150, needs=("setuptools",), least=120),
         Step("info", [PYTHON, "-m", "gdl_kernels", "info"], 10, lambda log: "", needs=COMMANDS),
         verification("verify", 80),
         tests(results / "tests.xml"),
         sanitizer("memcheck", 50, ("float32", "bfloat16")),
     ]
-    if long:
-        tuning = Step(
-            "tune", [PYTHON, "-m", "benchmarks", "tune"], 2000, needs=(*COMMANDS, "triton"), takes_minutes=True
-        )
-        checks += [tuning, verification("verify, tuned", 80)]
-    # Uninitialised memory can't be seen in what poison has filled.
-    others = [sanitizer("racecheck", 25, ("bfloat16",)), sanitizer("initcheck", 20, ("bfloat16",), "--no-poison")]
-    return [*checks, *benchmarks(results, long=long), *others, *comparisons(results)]
+    tuning = [
+        Step("tune", [PYTHON, "-m", "benchmarks", "tune"], 250, needs=(*COMMANDS, "triton"), takes_minutes=True),
+        verification("verify, tuned", 80),
+    ]
+    others = [
+        sanitizer("racecheck", 25, ("bfloat16",)),
+        # Uninitialised memory can't be seen in what poison has filled.
+        sanitizer("initcheck", 20, ("bfloat16",), "--no-poison"),
+        *comparisons(results),
+    ]
+    return [*checks, *(tuning if long else []), *benchmarks(results, long=long), *others]
 
 
 def verification(name: str, share: float) -> Step:
     command = [PYTHON, "-m", "gdl_kernels", "verify", "--jobs", str(JOBS)]
-    return Step(name, command, share, reports.verified, needs=COMMANDS)
+    return Step(name, command, share, reports.verified, needs=COMMANDS, least=60)
 
 
 def tests(report: Path) -> Step:
     command = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", "tests/ops", "tests/nn", f"--junitxml={report}"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(JOBS), "--dist", "loadgroup"]
-    return Step("tests", command, 140, lambda log: reports.tested(report), report, ("pytest", "hypothesis"))
+    return Step("tests", command, 140, lambda log: reports.tested(report), report, ("pytest", "hypothesis"), least=60)
 
 
 def sanitizer(tool: str, share: float, dtypes: Sequence[str], *options: str) -> Step:
@@ -129,6 +135,7 @@ def sanitizer(tool: str, share: float, dtypes: Sequence[str], *options: str) -> 
 
 
 def benchmarks(results: Path, *, long: bool) -> list[Step]:
+    """A few cases of each op, or, in the long form, all; there they have most of the time."""
     found = [
         _benchmark(group, [word for op in ops for word in ("--op", op)], results / f"{group}.json", share, long)
         for group, (share, ops) in GROUPS.items()
@@ -143,7 +150,7 @@ def _benchmark(name: str, what: list[str], run: Path, share: float, long: bool) 
     return Step(
         f"benchmark {name}",
         [*command, "--json", str(run)],
-        share * FULL if long else share,
+        10 * share if long else share,
         lambda log: reports.measured(run),
         writes=run,
         needs=COMMANDS,

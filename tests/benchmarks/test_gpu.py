@@ -23,9 +23,9 @@ import gdl_kernels.__main__
 from benchmarks import ops, record
 from benchmarks.gpu import __main__ as command_line
 from benchmarks.gpu import reports, running, steps
-from benchmarks.gpu.__main__ import LEAST, main, run_all
+from benchmarks.gpu.__main__ import main, run_all
 from benchmarks.gpu.ending import Outcome, aligned, speed_table
-from benchmarks.gpu.steps import GROUPS, PUBLISHED, ROOT, Step
+from benchmarks.gpu.steps import GROUPS, LEAST, PUBLISHED, ROOT, Step
 from benchmarks.results import Result, Row
 from models.__main__ import application
 
@@ -144,11 +144,17 @@ def test_what_a_command_prints_is_shown_and_kept(tmp_path: Path, capsys: pytest.
     assert run(tmp_path, "kill -SEGV $$")[0] == -signal.SIGSEGV
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
-    except OSError:
-        return False
+def dies(pid: int) -> bool:
+    """Whether a process, which may have been killed a moment ago, is gone or a zombie within some seconds."""
+    end = time.monotonic() + 5
+    while time.monotonic() < end:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.02)
+    return False
 
 
 @pytest.mark.parametrize("deaf", [False, True])
@@ -164,7 +170,7 @@ def test_a_command_that_takes_too_long_is_stopped_with_all_that_it_started(
     assert status is None
     assert time.monotonic() - begin < 15
     assert ("stopped" in log) != deaf
-    assert not alive(int(log.split()[0]))
+    assert dies(int(log.split()[0]))
 
 
 def test_what_a_command_leaves_behind_does_not_hold_it_up(tmp_path: Path) -> None:
@@ -172,7 +178,7 @@ def test_what_a_command_leaves_behind_does_not_hold_it_up(tmp_path: Path) -> Non
     status, log = run(tmp_path, "sleep 100 & echo $!")
     assert status == 0
     assert time.monotonic() - begin < 15
-    assert not alive(int(log))
+    assert dies(int(log))
 
 
 def test_a_command_that_is_not_there(tmp_path: Path) -> None:
@@ -259,6 +265,17 @@ def test_time_is_shared_out(
 ) -> None:  # fmt: skip
     given = limits_when(takes, shares, total, tmp_path, clock, monkeypatch)
     assert given == [limit if isinstance(limit, str) else pytest.approx(limit) for limit in limits]
+
+
+def test_some_steps_are_given_what_they_need_if_it_is_there(
+    tmp_path: Path, clock: list[float], monkeypatch: Any
+) -> None:
+    given: list[float] = []
+    monkeypatch.setattr(command_line, "run_step", lambda step, log, limit: given.append(limit) or Outcome("passed"))
+    planned = [shell("build", "true", 1, least=120), shell("measure", "true", 99)]
+    for total in (600, 100):
+        run_all(planned, tmp_path, clock[0] + running.GRACE + total, {})
+    assert given == [120, 600, 100, 100]
 
 
 def test_a_step_that_can_be_told_is_told_how_long_it_has(tmp_path: Path) -> None:
