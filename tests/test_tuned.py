@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from setuptools.dist import Distribution
 
 from gdl_kernels import _info, _tuned
 from gdl_kernels._tuned import Tiles
@@ -107,6 +108,13 @@ def test_info_tells_whether_a_table_serves(folder: Path, monkeypatch: pytest.Mon
     written(folder, "{")
     _tuned.shipped.cache_clear()
     assert "sm_90.json: not JSON" in _info.collect()["tuned"]["sm_90"]
+
+
+def test_tables_are_among_the_files_that_are_installed() -> None:
+    distribution = Distribution()
+    distribution.parse_config_files([str(Path(__file__).parents[1] / "pyproject.toml")])
+    path = _tuned.path_of(90).relative_to(Path(_tuned.__file__).parent)
+    assert any(path.match(pattern) for pattern in distribution.package_data["gdl_kernels"])
 
 
 def test_every_table_that_is_shipped_can_be_read() -> None:

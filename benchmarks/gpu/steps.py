@@ -89,7 +89,7 @@ def steps(results: Path, *, long: bool) -> list[Step]:
         sanitizer("memcheck", 50, ("float32", "bfloat16")),
     ]
     tuning = [
-        Step("tune", [PYTHON, "-m", "benchmarks", "tune"], 250, needs=(*COMMANDS, "triton"), takes_minutes=True),
+        Step("tune", [PYTHON, "-m", "benchmarks", "tune"], 600, needs=(*COMMANDS, "triton"), takes_minutes=True),
         verification("verify, tuned", 80),
     ]
     others = [
@@ -170,5 +170,6 @@ def _comparison(model: str, shape: str, found: Path) -> Step:
         6,
         lambda log: reports.compared(found),
         writes=found,
+        least=30,
         needs=(*MODELS, "music21" if model == "musenet" else "sklearn"),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,6 +63,15 @@ def test_each_benchmark_is_a_command_that_lacks_nothing_but_a_gpu(tmp_path: Path
         result = CliRunner().invoke(app, [*arguments, "--minutes", "1.25"], env={"COLUMNS": "200"})
         assert result.exit_code == 2
         assert "torch sees no" in " ".join(result.output.split())
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("variables", "options"), [([], []), (["LONG=1"], ["--long"]), (["MINUTES=7"], ["--minutes", "7"])], ids=str
+)
+def test_make_gpu_is_this_command(variables: list[str], options: list[str]) -> None:
+    done = subprocess.run(["make", "-n", "gpu", "PYTHON=any", *variables], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["any", "-m", "benchmarks.gpu", *options], done.stderr
 
 
 def test_every_op_is_measured_once() -> None:

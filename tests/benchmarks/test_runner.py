@@ -422,14 +422,14 @@ def test_what_time_is_not_enough_for_is_left_out(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(benchmarks.ops, "__path__", [*benchmarks.ops.__path__, str(tmp_path)])
     path, now = tmp_path / "run.json", [0.0]
     monkeypatch.setattr(benchmarks.__main__.time, "monotonic", lambda: now[0])
-    measure = benchmarks.__main__.run
 
     def taking(seconds: float) -> Callable[..., Result]:
-        def taking_so_long(name: str, case: Case, *rest: Any) -> Result:
+        def measured(name: str, case: Case, *_: Any) -> Result:
             now[0] += seconds
-            return measure(name, case, PLAN, *rest[1:])
+            rows = [Row(contestant, 16.0, 0.0, samples_ms=[1.0]) for contestant in ("eager", "ours")]
+            return Result(name, case.name, case.shape, "float32", None, 0, rows[0], rows)
 
-        return taking_so_long
+        return measured
 
     command = ["--op", "first", "--op", "second", "--quick", "--device", "cpu", "--json", str(path), "--minutes", "1"]
     for seconds, counts, cut_short in (
