@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, help=f"for all steps; {QUICK:.0f}, or {LONG:.0f} with --long")
     parser.add_argument("--results", type=Path, help="the folder to write to; benchmarks/results/<gpu> by default")
     asked = parser.parse_args(arguments)
-    minutes = asked.minutes or (LONG if asked.long else QUICK)
+    minutes = (LONG if asked.long else QUICK) if asked.minutes is None else asked.minutes
     if minutes <= 0:
         parser.error(f"--minutes must be positive, got {minutes}")
     if not torch.cuda.is_available():

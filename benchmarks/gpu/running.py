@@ -22,33 +22,32 @@ def run(command: Sequence[str], log: Path, limit: float, folder: Path, environme
 
     Its output goes to the terminal and to ``log``. It is asked to stop as by Ctrl-C, and killed if it doesn't.
     """
-    with log.open("wb") as file:
-        try:
-            process = subprocess.Popen(
-                command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-        except OSError as error:
-            file.write(f"{command[0]} can't be run: {error.strerror}\n".encode())
-            return 127
-        copier = threading.Thread(target=_copy, args=(process, file.fileno()), daemon=True)
-        copier.start()
-        try:
-            status: int | None = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            _end(process)
-            copier.join(5)  # what left the group may hold the pipe for ever
-    return status
+    try:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        log.write_text(f"{command[0]} can't be run: {error.strerror}\n")
+        return 127
+    log.touch()
+    copier = threading.Thread(target=_copy, args=(process, log), daemon=True)
+    copier.start()
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        _end(process)
+        copier.join(5)  # what has left the group may hold the pipe for ever
 
 
-def _copy(process: subprocess.Popen[bytes], log: int) -> None:
+def _copy(process: subprocess.Popen[bytes], log: Path) -> None:
     assert process.stdout is not None
-    with contextlib.suppress(OSError):  # the log is closed under those who write on past their end
+    with log.open("wb", buffering=0) as file:
         while chunk := os.read(process.stdout.fileno(), 1 << 16):
-            os.write(log, chunk)
-            with contextlib.suppress(BrokenPipeError):
+            file.write(chunk)
+            with contextlib.suppress(OSError):  # a terminal that is gone is no reason to stop
                 sys.stdout.write(chunk.decode(errors="replace"))
                 sys.stdout.flush()
 

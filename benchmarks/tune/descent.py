@@ -54,7 +54,11 @@ def search(problem: Problem, clock: Clock) -> Found:
     Raises:
         ValueError: if the launcher's own choice doesn't.
     """
-    run, plain, truth = problem.prepared()
+    try:
+        with _tuned.using(None):
+            run, plain, truth = problem.prepared()
+    except Exception as error:  # as below
+        raise ValueError(f"its own choice {_raised(error)}") from error
     if why := _fault(problem, problem.built_in, run, plain, truth, spills=True):
         raise ValueError(f"its own choice {list(problem.built_in)} {why}")
     best, usable, skipped = problem.built_in, {problem.built_in}, dict[Tiles, str]()
@@ -113,8 +117,7 @@ def _fault(
         with _launched() as kernels:
             outputs = _with(problem, tiles, run)(0)
     except Exception as error:  # a compiler or driver may raise anything; the table says what
-        _synchronize()  # raises where nothing can be launched any more
-        return f"raises {type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
+        return _raised(error)
     _synchronize()
     spilled = max((kernel.n_spills for kernel in kernels if kernel.name == f"_{problem.kernel}"), default=0)
     if spilled and not spills:
@@ -122,6 +125,13 @@ def _fault(
     # The terms of second derivatives cancel several times over, where plain PyTorch may be lucky.
     share = error_share(outputs, plain, truth) / (2 if ORDERS[problem.kernel] == 2 else 1)
     return "" if share <= 1 else f"is wrong: its error against float64 is {share:.3g} times what is allowed"
+
+
+def _raised(error: Exception) -> str:
+    """An error in a line. Raises one itself where nothing can be launched any more."""
+    _synchronize()
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"raises {type(error).__name__}: {lines[-1]}"
 
 
 @contextmanager

@@ -146,6 +146,14 @@ def test_where_the_own_choice_is_wrong_there_is_no_row(tmp_path: Path) -> None:
     assert len(_tuned.read(path).rows) == 1
 
 
+@elsewhere
+def test_where_the_own_choice_raises_as_it_is_prepared_the_others_go_on(tmp_path: Path) -> None:
+    problem, path = one_problem("grad_query"), tmp_path / "table.json"
+    (why,) = tune([problem], path, "Some GPU", lambda text: None, clock=lambda calls: [])
+    assert "its own choice raises RuntimeError: backend 'triton' can't serve this sparse_attention" in why
+    assert not path.exists()
+
+
 @interpreted
 @pytest.mark.parametrize("kernel", _tuned.KERNELS)
 def test_every_kernel_is_launched_by_its_problem_and_right(kernel: str, used: list[Tiles]) -> None:
