@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, cast
@@ -19,7 +20,7 @@ from .machine import machine
 from .results import Bar, Result
 from .runner import run
 from .tables import bars_table, changes_table, result_table
-from .timing import FULL, QUICK
+from .timing import FULL, QUICK, QUICK_GPU
 
 app = typer.Typer(add_completion=False)
 
@@ -60,7 +61,12 @@ def main(
     case: Annotated[
         list[str] | None, typer.Option(help="Only cases with this in their name; may be given again, for either.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(dir_okay=False, help="Also write the run to this file.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Leave out what doesn't fit; what is left is divided evenly among the ops.")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Also write the run to this file, after every case.")
+    ] = None,
 ) -> None:
     """Measure ops and models against their rivals on this machine.
 
@@ -73,24 +79,37 @@ def main(
     chosen += _benchmarks(models, model or [], "--model")
     console = _console()
     console.print(", ".join(f"{name} {value}" for name, value in machine(on).items() if value is not None))
-    plan = QUICK if quick else FULL
+    plan = QUICK_GPU if quick and on.type == "cuda" else QUICK if quick else FULL
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
     results: list[Result] = []
     bars: list[Bar] = []
-    for name, benchmark in chosen:
-        measured = []
+    cut_short: dict[str, int] = {}
+    for place, (name, benchmark) in enumerate(chosen):
+        measured: list[Result] = []
+        share = deadline and (deadline - time.monotonic()) / (len(chosen) - place)
+        until = share and time.monotonic() + share
+        asked: list[Bar] = []
         with console.status("") as status:
             for candidate in benchmark.cases(on, quick):
                 if case and not any(part in candidate.name for part in case):
                     continue
+                # Each op has a case, as long as there is any time.
+                if until and time.monotonic() >= (until if measured else cast(float, deadline)):
+                    cut_short[name] = len(measured)
+                    console.print(f"{name}: no time for more than {len(measured)} cases")
+                    break
                 measured.append(run(name, candidate, plan, lambda text: status.update(escape(text))))
                 console.print(result_table(measured[-1]))
+                asked = benchmark.bars(measured)
+                if json is not None:
+                    record.write(json, record.document([*results, *measured], [*bars, *asked], on, quick, cut_short))
         results += measured
-        bars += benchmark.bars(measured) if measured else []
+        bars += asked
     if not results:
         raise typer.BadParameter(f"must be part of a case's name, got {', '.join(case or [])!r}", param_hint="--case")
     console.print(bars_table(bars))
     if json is not None:
-        record.write(json, record.document(results, bars, on, quick))
+        record.write(json, record.document(results, bars, on, quick, cut_short))
     wrong = [f"{result.case}: {row.contestant}" for result in results for row in result.rows if row.status == "wrong"]
     if wrong:
         console.print(f"[red]Wrong outputs: {escape('; '.join(wrong))}")
@@ -154,6 +173,35 @@ def write_page(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     _console().print(f"to look at: {out}", soft_wrap=True)
+
+
+@app.command("tune")
+def measure_configurations(
+    minutes: Annotated[float, typer.Option(help="No kernel's search is begun later.")] = 60.0,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="The table to write, after every kernel; else the package's.")
+    ] = None,
+) -> None:
+    """Time the Triton kernels of the attentions in other tiles, and write the table of the fastest.
+
+    Exits with 1 if a kernel is wrong or raises as the launcher itself would launch it.
+    """
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("a GPU is needed to time kernels, and torch sees none", param_hint="tune")
+    from gdl_kernels import _tuned
+
+    from .tune import gpu_capability, tune
+    from .tune.descent import gpu_clock
+    from .tune.problems import problems
+
+    console = _console()
+    failed = tune(
+        problems(torch.device("cuda")), out or _tuned.path_of(gpu_capability()), torch.cuda.get_device_name(),
+        lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True), clock=gpu_clock,
+        seconds=60 * minutes,
+    )  # fmt: skip
+    if failed:
+        raise typer.Exit(1)
 
 
 def _console() -> Console:

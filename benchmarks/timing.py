@@ -26,6 +26,7 @@ class Plan:
 
 
 QUICK = Plan(seconds=2, min_rounds=3, max_rounds=30)
+QUICK_GPU = Plan(seconds=0.5, min_rounds=5, max_rounds=30)  # a lent GPU's time is short, and its clock steady
 FULL = Plan(seconds=10, min_rounds=5, max_rounds=100)
 
 

@@ -25,6 +25,23 @@ def _drawn_numbers(request: pytest.FixtureRequest) -> None:
         torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
+@pytest.fixture(autouse=True)
+def _shared_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After a test on a GPU: is it still usable? And of several processes none keeps memory that it has no use for."""
+    yield
+    if not request.node.get_closest_marker("gpu"):
+        return
+    several = "PYTEST_XDIST_WORKER" in os.environ
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:  # an illegal access, after which every call of this process fails
+        if several:
+            os._exit(1)  # pytest-xdist goes on in a new process
+        pytest.exit(f"nothing runs on the GPU after {request.node.nodeid}: {error}", returncode=1)
+    if several:
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def nan_poison() -> Iterator[None]:
     """Memory that torch.empty and its like return is full of NaN, so what a kernel forgets to write shows."""

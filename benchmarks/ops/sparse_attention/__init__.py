@@ -20,6 +20,8 @@ GROWTH = "local"
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     """Part by part; a case's name begins with its part's. Quick is a case or a few of each, and none of the grid."""
     both = torch.float32, torch.bfloat16
+    if device.type == "cuda":
+        both = both[::-1]  # what models use there comes first
     dtypes = both[:1] if quick else both
     for mode in (FORWARD, TRAINING, BACKWARD):
         for block_size in (64,) if quick else (64, 128):
