@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import torch
 
 from models.compare import Problem
-from models.gans.cli import fitted
 from models.gans.comparison import problem, real_images
-from models.gans.data import Batch
+from models.gans.data import Batch, Digits
 from models.gans.model import Config, Gan
 
 from .model_cases import Variant
@@ -24,13 +24,13 @@ def variant(gan: type[Gan], config: Config, batch: int, **asked: Any) -> Variant
 
 
 def _build(gan: type[Gan], config: Config, batch: int, dtype: torch.dtype, device: str) -> Problem:
-    shape, real = _fitted(gan, config, batch)
+    shape, real = _fitted(config, batch, conditional=gan.recipe.conditional)
     return problem(gan, shape, real, dtype, device, seed=0)
 
 
 @cache
-def _fitted(gan: type[Gan], config: Config, batch: int) -> tuple[Config, Batch]:
-    """The configuration for the digits, and a batch of them."""
-    recipe = gan.recipe
-    shape = fitted(config, recipe)
-    return shape, real_images(recipe.data, shape, batch, grey=recipe.grey, conditional=recipe.conditional, seed=0)
+def _fitted(config: Config, batch: int, *, conditional: bool) -> tuple[Config, Batch]:
+    """The configuration for the digits, and a batch of them: resizing all of them takes a second."""
+    images = Digits(config.size)
+    shape = replace(config, channels=images.channels, classes=len(images.classes) if conditional else 0)
+    return shape, real_images("digits", shape, batch, grey=False, conditional=conditional, seed=0)

@@ -21,7 +21,7 @@ CHANNELS = {16: 512, 32: 512, 64: 256, 128: 128, 256: 64, 512: 32, 1024: 16}
 
 
 def sizes(quick: bool) -> dict[int, int]:
-    return {size: CHANNELS[size] for size in (256,)} if quick else CHANNELS
+    return {size: CHANNELS[size] for size in (64,)} if quick else CHANNELS
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
