@@ -17,10 +17,13 @@ from .model_cases import Variant
 
 
 def variant(gan: type[Gan], config: Config, batch: int, **asked: Any) -> Variant:
-    """``asked`` are fields of the variant. Both networks have ReLUs, leaky or not."""
+    """``asked`` are fields of the variant. Both networks have ReLUs, leaky or not.
+
+    torch.compile does not compete: it takes more than a minute, and gradient penalties can't be compiled at all.
+    """
     about = f"{gan.title}, {batch} images of {config.size}×{config.size}"
     name = f"{batch}×{config.size}×{config.size}"
-    return Variant(name, about, partial(_build, gan, config, batch), kinks=True, **asked)
+    return Variant(name, about, partial(_build, gan, config, batch), kinks=True, compiles=False, **asked)
 
 
 def _build(gan: type[Gan], config: Config, batch: int, dtype: torch.dtype, device: str) -> Problem:
