@@ -19,11 +19,15 @@ NOTHING = "–"
 def result_table(result: Result) -> Table:
     table = _table(f"{result.op}: {result.case}\n[not bold]{escape(result.shape)}")
     table.add_column("contestant")
-    for heading in ("ms (quartiles)", "rate", "of ceiling", "ours faster", "memory"):
+    headings = ["ms (quartiles)", "rate", "of ceiling", "ours faster", "memory"]
+    if any(row.launches is not None for row in result.rows):
+        headings.append("launches")
+    for heading in headings:
         table.add_column(heading, justify="right")
-    table.add_row(*_cells(result, result.ceiling), style="dim", end_section=True)
+    columns = 1 + len(headings)
+    table.add_row(*_cells(result, result.ceiling)[:columns], style="dim", end_section=True)
     for row in result.rows:
-        table.add_row(*_cells(result, row), style="green" if row.ours else None)
+        table.add_row(*_cells(result, row)[:columns], style="green" if row.ours else None)
     table.caption = "\n".join(note for row in result.rows if (note := _note(row)))
     return table
 
@@ -86,6 +90,7 @@ def _cells(result: Result, row: Row) -> list[str]:
         _show(result.share_of_ceiling(row), share),
         NOTHING if row.ours or row is result.ceiling else _show(result.speed_up(row), times),
         _show(row.peak_bytes, mebibytes),
+        _show(row.launches, str),
     ]
 
 
