@@ -20,7 +20,7 @@ from .machine import machine
 from .results import Bar, Result
 from .runner import run
 from .tables import bars_table, changes_table, result_table
-from .timing import FULL, QUICK, QUICK_GPU
+from .timing import FULL, QUICK
 
 app = typer.Typer(add_completion=False)
 
@@ -32,11 +32,12 @@ def names(package: ModuleType) -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
-def _benchmarks(package: ModuleType, chosen: list[str], option: str) -> list[tuple[str, Benchmark]]:
+def _modules(package: ModuleType, chosen: list[str], option: str) -> list[tuple[str, str]]:
+    """Each with the name of its module."""
     for name in chosen:
         if name not in names(package):
             raise typer.BadParameter(f"must be one of {', '.join(names(package))}, got {name!r}", param_hint=option)
-    return [(name, cast(Benchmark, importlib.import_module(f"{package.__name__}.{name}"))) for name in chosen]
+    return [(name, f"{package.__name__}.{name}") for name in chosen]
 
 
 def _chosen_device(name: str | None) -> torch.device:
@@ -53,7 +54,7 @@ def _chosen_device(name: str | None) -> torch.device:
 def main(
     ctx: typer.Context,
     op: Annotated[
-        list[str] | None, typer.Option(help="An op; may be given again. All ops by default, without --model.")
+        list[str] | None, typer.Option(help="An op; may be given again. All ops and models without either.")
     ] = None,
     model: Annotated[list[str] | None, typer.Option(help="A model; may be given again.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer cases and rounds: two minutes on two cores.")] = False,
@@ -70,49 +71,59 @@ def main(
 ) -> None:
     """Measure ops and models against their rivals on this machine.
 
-    A contestant whose output is wrong has no time, and the exit status is then 1.
+    A contestant whose output is wrong has no time, and the exit status is then 1. What needs a package that is not
+    installed is left out, and told at the end; the exit status is then 1 if it was asked for by name.
     """
     if ctx.invoked_subcommand is not None:
         return
     on = _chosen_device(device)
-    chosen = _benchmarks(ops, op or ([] if model else names(ops)), "--op")
-    chosen += _benchmarks(models, model or [], "--model")
+    chosen = _modules(ops, op or ([] if model else names(ops)), "--op")
+    chosen += _modules(models, model or ([] if op else names(models)), "--model")
     console = _console()
     console.print(", ".join(f"{name} {value}" for name, value in machine(on).items() if value is not None))
-    plan = QUICK_GPU if quick and on.type == "cuda" else QUICK if quick else FULL
+    plan = QUICK if quick else FULL
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     results: list[Result] = []
     bars: list[Bar] = []
     cut_short: dict[str, int] = {}
-    for place, (name, benchmark) in enumerate(chosen):
+    missing: list[str] = []
+    for place, (name, module) in enumerate(chosen):
         measured: list[Result] = []
+        asked: list[Bar] = []
         share = deadline and (deadline - time.monotonic()) / (len(chosen) - place)
         until = share and time.monotonic() + share
-        asked: list[Bar] = []
-        with console.status("") as status:
-            for candidate in benchmark.cases(on, quick):
-                if case and not any(part in candidate.name for part in case):
-                    continue
-                # Each op has a case, as long as there is any time.
-                if until and time.monotonic() >= (until if measured else cast(float, deadline)):
-                    cut_short[name] = len(measured)
-                    console.print(f"{name}: no time for more than {len(measured)} cases")
-                    break
-                measured.append(run(name, candidate, plan, lambda text: status.update(escape(text))))
-                console.print(result_table(measured[-1]))
-                asked = benchmark.bars(measured)
-                if json is not None:
-                    record.write(json, record.document([*results, *measured], [*bars, *asked], on, quick, cut_short))
+        try:
+            benchmark = cast(Benchmark, importlib.import_module(module))
+            with console.status("") as status:
+                for candidate in benchmark.cases(on, quick):
+                    if case and not any(part in candidate.name for part in case):
+                        continue
+                    # Each op and each model has a case, as long as there is any time.
+                    if until and time.monotonic() >= (until if measured else cast(float, deadline)):
+                        cut_short[name] = len(measured)
+                        console.print(f"{name}: no time for more than {len(measured)} cases")
+                        break
+                    measured.append(run(name, candidate, plan, lambda text: status.update(escape(text))))
+                    console.print(result_table(measured[-1]))
+                    asked = benchmark.bars(measured)
+                    if json is not None:
+                        run_so_far = record.document([*results, *measured], [*bars, *asked], on, quick, cut_short)
+                        record.write(json, run_so_far)
+        except ModuleNotFoundError as error:
+            missing.append(f"{name} (needs {error.name})")
         results += measured
         bars += asked
-    if not results:
+    if not results and not missing:
         raise typer.BadParameter(f"must be part of a case's name, got {', '.join(case or [])!r}", param_hint="--case")
     console.print(bars_table(bars))
     if json is not None:
         record.write(json, record.document(results, bars, on, quick, cut_short))
     wrong = [f"{result.case}: {row.contestant}" for result in results for row in result.rows if row.status == "wrong"]
+    if missing:
+        console.print(f"[yellow]Not measured: {escape(', '.join(missing))}: pip install -e '.\\[models]'")
     if wrong:
         console.print(f"[red]Wrong outputs: {escape('; '.join(wrong))}")
+    if wrong or (missing and (op or model)):
         raise typer.Exit(1)
 
 

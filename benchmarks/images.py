@@ -8,7 +8,7 @@ A benchmark of such an op names the op once, and then gets a case for each shape
         for n, c, size in SIZES:
             for dtype in (torch.float32, torch.bfloat16):
                 for passes in (FORWARD, TRAINING):
-                    yield case(OP, [(n, c, size, size), (n, c), (n, c)], dtype, device, passes)
+                    yield case(OP, [(n, c, size, size), (n, c), (n, c)], dtype, device, passes, quick=quick)
 
     def bars(results):
         for result in results:
@@ -75,10 +75,12 @@ def case(
     passes: Passes,
     *,
     channels_last: bool = False,
+    quick: bool = False,
 ) -> Case:
     """One case; its name begins with that of its passes. ``shapes`` are those of the inputs, the image's first.
 
-    The backward pass alone has no compiled rival: compiled code forbids a second walk through its graph.
+    The backward pass alone has no compiled rival: compiled code forbids a second walk through its graph. Nor has a
+    quick case with a backward pass, for compiling takes longer than all that is measured there.
     """
     n, channels, *spatial = shapes[0]
     output = (n, channels + op.added_channels, *spatial)
@@ -88,7 +90,7 @@ def case(
     image = math.prod(shapes[0]) * dtype.itemsize
     input_sets = max(2, math.ceil(ROTATED_BYTES / image))
     contestants = [passes.contestant(EAGER, op.reference)]
-    if passes.forward:
+    if compiles(passes, quick):
         contestants.append(passes.contestant(COMPILED, torch.compile(op.reference, dynamic=False)))
     explain = op.explain or functools.partial(gdl_kernels.explain, op.name)
     contestants.append(
@@ -115,6 +117,11 @@ def _inputs(shapes: Sequence[Shape], dtype: torch.dtype, channels_last: bool, ge
     if not channels_last:
         return tuple(drawn)
     return tuple(t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 2 else t for t in drawn)
+
+
+def compiles(passes: Passes, quick: bool) -> bool:
+    """Whether torch.compile is among the contestants."""
+    return passes.forward and not (quick and passes.backward)
 
 
 def is_of(result: Result, passes: Passes) -> bool:
