@@ -9,6 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+# Tests read what the command line says, not where 80 columns break it; typer reads this when it is imported.
+os.environ["TERMINAL_WIDTH"] = "200"
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
