@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,14 +89,15 @@ class Trial:
 
     def forward(self) -> Tensor:
         self._restore()
-        with torch.no_grad():
+        with torch.no_grad(), _without_tf32():
             return self.problem.forward()
 
     def training_step(self, optimizer: Optimizer | None = None) -> tuple[Tensor, ...]:
         """The loss, and the gradient of each parameter that has one."""
         self._restore()
-        loss = self.problem.loss()
-        loss.backward()
+        with _without_tf32():
+            loss = self.problem.loss()
+            loss.backward()
         if optimizer is not None:
             optimizer.step()
         gradients = [p.grad for p in self.problem.model.parameters() if p.grad is not None]
@@ -105,6 +107,11 @@ class Trial:
     def _restore(self) -> None:
         for buffer, begin in self.buffers:
             buffer.copy_(begin)
+
+
+def _without_tf32() -> AbstractContextManager[None]:
+    """On a GPU torch's convolutions would take it for float32, and be off by a thousandth."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def cases(variants: Sequence[Variant], device: torch.device, quick: bool) -> Iterator[Case]:

@@ -139,6 +139,22 @@ def test_every_call_begins_from_the_same_state() -> None:
     assert trial.problem.model.weight.grad is None
 
 
+def test_convolutions_are_in_float32_proper() -> None:
+    """On a GPU TF32, which torch takes by default, would be wrong by far."""
+    allowed = []
+
+    def look() -> Tensor:
+        allowed.append(torch.backends.cudnn.allow_tf32)
+        return torch.zeros((), requires_grad=True)
+
+    before = torch.backends.cudnn.allow_tf32
+    trial = Trial.of(Problem(nn.Linear(1, 1), look, look, list))
+    trial.forward()
+    trial.training_step()
+    assert allowed == [False, False]
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
 @pytest.mark.skipif(bool(_native.missing("cpu")), reason="ours would be the reference")
 @pytest.mark.parametrize(
     ("slip", "kinks", "wrong"),
