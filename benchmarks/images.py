@@ -42,6 +42,10 @@ FORWARD = Passes("forward", forward=True, backward=False)
 BACKWARD = Passes("backward", forward=False, backward=True)
 TRAINING = Passes("forward+backward", forward=True, backward=True)
 
+#: The points of a curve over the batch, and of one over the resolution: the side of a map.
+BATCHES, SIDES = (1, 2, 4, 8, 16, 32), (16, 32, 64, 128, 256)
+QUICK_BATCHES, QUICK_SIDES = (1, 4, 16), (16, 32, 64)
+
 #: What the images of all input sets come to: more than a CPU's caches hold.
 ROTATED_BYTES = 64e6
 
@@ -117,6 +121,15 @@ def _inputs(shapes: Sequence[Shape], dtype: torch.dtype, channels_last: bool, ge
     if not channels_last:
         return tuple(drawn)
     return tuple(t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 2 else t for t in drawn)
+
+
+def grown(point: Case, over: str, size: int) -> Case:
+    """A case as a point of the curve over its batch or its resolution: eager and ours, with no bar."""
+    kept = [contestant for contestant in point.contestants if contestant.name in (EAGER, OURS)]
+    passes = point.name.partition(",")[0]
+    return replace(
+        point, name=f"growth over {over}, {point.name}", contestants=kept, growth=(f"{passes} over {over}", size)
+    )
 
 
 def compiles(passes: Passes, quick: bool) -> bool:
