@@ -1,7 +1,8 @@
 # make demo · make test · make gpu
 #
 # Each does its own set-up with pip, in .venv, and a second run is quick. PYTHON is the Python to make .venv with; given to
-# `make gpu` it is the very Python to run with, and nothing is installed.
+# `make gpu` it is the very Python to run with, and nothing is installed. LONG=1 tunes and measures everything there, and
+# MINUTES says how long it may take.
 
 PYTHON ?= python3
 VENV := .venv
@@ -34,14 +35,15 @@ test: $(VENV)/installed
 	$(say) "mypy"
 	@$(VENV)/bin/mypy
 	$(say) "pytest"
-	@$(PY) -m pytest -q -m "not gpu"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses 8 --dist worksteal -m "not gpu"
 
+GPU := -m benchmarks.gpu $(if $(LONG),--long) $(if $(MINUTES),--minutes $(MINUTES))
 ifeq ($(origin PYTHON),file)
 gpu: $(VENV)/installed
-	@$(PY) -m benchmarks.gpu
+	@$(PY) $(GPU)
 else
 gpu:
-	@$(PYTHON) -m benchmarks.gpu
+	@$(PYTHON) $(GPU)
 endif
 
 clean:

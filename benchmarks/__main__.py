@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, cast
@@ -31,11 +32,12 @@ def names(package: ModuleType) -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
-def _benchmarks(package: ModuleType, chosen: list[str], option: str) -> list[tuple[str, Benchmark]]:
+def _modules(package: ModuleType, chosen: list[str], option: str) -> list[tuple[str, str]]:
+    """Each with the name of its module."""
     for name in chosen:
         if name not in names(package):
             raise typer.BadParameter(f"must be one of {', '.join(names(package))}, got {name!r}", param_hint=option)
-    return [(name, cast(Benchmark, importlib.import_module(f"{package.__name__}.{name}"))) for name in chosen]
+    return [(name, f"{package.__name__}.{name}") for name in chosen]
 
 
 def _chosen_device(name: str | None) -> torch.device:
@@ -52,7 +54,7 @@ def _chosen_device(name: str | None) -> torch.device:
 def main(
     ctx: typer.Context,
     op: Annotated[
-        list[str] | None, typer.Option(help="An op; may be given again. All ops by default, without --model.")
+        list[str] | None, typer.Option(help="An op; may be given again. All ops and models without either.")
     ] = None,
     model: Annotated[list[str] | None, typer.Option(help="A model; may be given again.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer cases and rounds: two minutes on two cores.")] = False,
@@ -60,40 +62,68 @@ def main(
     case: Annotated[
         list[str] | None, typer.Option(help="Only cases with this in their name; may be given again, for either.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(dir_okay=False, help="Also write the run to this file.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Leave out what doesn't fit; what is left is divided evenly among the ops.")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Also write the run to this file, after every case.")
+    ] = None,
 ) -> None:
     """Measure ops and models against their rivals on this machine.
 
-    A contestant whose output is wrong has no time, and the exit status is then 1.
+    A contestant whose output is wrong has no time, and the exit status is then 1. What needs a package that is not
+    installed is left out, and told at the end; the exit status is then 1 if it was asked for by name.
     """
     if ctx.invoked_subcommand is not None:
         return
     on = _chosen_device(device)
-    chosen = _benchmarks(ops, op or ([] if model else names(ops)), "--op")
-    chosen += _benchmarks(models, model or [], "--model")
+    chosen = _modules(ops, op or ([] if model else names(ops)), "--op")
+    chosen += _modules(models, model or ([] if op else names(models)), "--model")
     console = _console()
     console.print(", ".join(f"{name} {value}" for name, value in machine(on).items() if value is not None))
     plan = QUICK if quick else FULL
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
     results: list[Result] = []
     bars: list[Bar] = []
-    for name, benchmark in chosen:
-        measured = []
-        with console.status("") as status:
-            for candidate in benchmark.cases(on, quick):
-                if case and not any(part in candidate.name for part in case):
-                    continue
-                measured.append(run(name, candidate, plan, lambda text: status.update(escape(text))))
-                console.print(result_table(measured[-1]))
+    cut_short: dict[str, int] = {}
+    missing: list[str] = []
+    for place, (name, module) in enumerate(chosen):
+        measured: list[Result] = []
+        asked: list[Bar] = []
+        share = deadline and (deadline - time.monotonic()) / (len(chosen) - place)
+        until = share and time.monotonic() + share
+        try:
+            benchmark = cast(Benchmark, importlib.import_module(module))
+            with console.status("") as status:
+                for candidate in benchmark.cases(on, quick):
+                    if case and not any(part in candidate.name for part in case):
+                        continue
+                    # Each op and each model has a case, as long as there is any time.
+                    if until and time.monotonic() >= (until if measured else cast(float, deadline)):
+                        cut_short[name] = len(measured)
+                        console.print(f"{name}: no time for more than {len(measured)} cases")
+                        break
+                    measured.append(run(name, candidate, plan, lambda text: status.update(escape(text))))
+                    console.print(result_table(measured[-1]))
+                    asked = benchmark.bars(measured)
+                    if json is not None:
+                        run_so_far = record.document([*results, *measured], [*bars, *asked], on, quick, cut_short)
+                        record.write(json, run_so_far)
+        except ModuleNotFoundError as error:
+            missing.append(f"{name} (needs {error.name})")
         results += measured
-        bars += benchmark.bars(measured) if measured else []
-    if not results:
+        bars += asked
+    if not results and not missing:
         raise typer.BadParameter(f"must be part of a case's name, got {', '.join(case or [])!r}", param_hint="--case")
     console.print(bars_table(bars))
     if json is not None:
-        record.write(json, record.document(results, bars, on, quick))
+        record.write(json, record.document(results, bars, on, quick, cut_short))
     wrong = [f"{result.case}: {row.contestant}" for result in results for row in result.rows if row.status == "wrong"]
+    if missing:
+        console.print(f"[yellow]Not measured: {escape(', '.join(missing))}: pip install -e '.\\[models]'")
     if wrong:
         console.print(f"[red]Wrong outputs: {escape('; '.join(wrong))}")
+    if wrong or (missing and (op or model)):
         raise typer.Exit(1)
 
 
@@ -154,6 +184,35 @@ def write_page(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     _console().print(f"to look at: {out}", soft_wrap=True)
+
+
+@app.command("tune")
+def measure_configurations(
+    minutes: Annotated[float, typer.Option(help="No kernel's search is begun later.")] = 60.0,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="The table to write, after every kernel; else the package's.")
+    ] = None,
+) -> None:
+    """Time the Triton kernels of the attentions in other tiles, and write the table of the fastest.
+
+    Exits with 1 if a kernel is wrong or raises as the launcher itself would launch it.
+    """
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("a GPU is needed to time kernels, and torch sees none", param_hint="tune")
+    from gdl_kernels import _tuned
+
+    from .tune import gpu_capability, tune
+    from .tune.descent import gpu_clock
+    from .tune.problems import problems
+
+    console = _console()
+    failed = tune(
+        problems(torch.device("cuda")), out or _tuned.path_of(gpu_capability()), torch.cuda.get_device_name(),
+        lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True), clock=gpu_clock,
+        seconds=60 * minutes,
+    )  # fmt: skip
+    if failed:
+        raise typer.Exit(1)
 
 
 def _console() -> Console:

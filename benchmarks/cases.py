@@ -16,6 +16,7 @@ from torch import Tensor
 from gdl_kernels._backends import Explanation
 
 from .ceilings import Ceiling, matrix_product
+from .correctness import Outputs, error_share
 
 if TYPE_CHECKING:
     from .results import Bar, Result
@@ -31,9 +32,12 @@ class Task:
 
     Attributes:
         truth: the task on inputs that are float64, as the measure of every error.
-        plain: the task in plain PyTorch in the inputs' own dtype. Twice its error is allowed.
+        plain: the task in plain PyTorch in the inputs' own dtype. Twice its error is allowed, unless ``share`` has
+            another rule.
         compared: what of a contestant's output is compared; ``truth`` and ``plain`` give just that. All of it, unless
             the whole truth would take far longer than what is measured.
+        share: the error of outputs as a share of what is allowed, from these and what ``plain`` and ``truth`` give; it
+            raises a ValueError if they are of another number, shape or dtype.
         flops: floating-point operations that one call needs, however many a contestant executes.
         bytes: memory traffic that one call needs: each input read once, each output written once.
     """
@@ -43,6 +47,7 @@ class Task:
     flops: float
     bytes: float
     compared: Callable[[Tensor], Tensor] = lambda output: output
+    share: Callable[[Outputs, Outputs, Outputs], float] = error_share
 
 
 @dataclass(frozen=True)

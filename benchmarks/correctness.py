@@ -24,13 +24,8 @@ def error_share(outputs: Outputs, plain: Outputs, truth: Outputs) -> float:
     Raises:
         ValueError: if the number of outputs, or a shape or dtype, is not that of ``plain``.
     """
-    given, expected, exact = map(_tuple, (outputs, plain, truth))
-    if len(given) != len(expected):
-        raise ValueError(f"it gave {len(given)} outputs, must be {len(expected)}")
     shares = []
-    for ours, theirs, right in zip(given, expected, exact):
-        if ours.shape != right.shape or ours.dtype != theirs.dtype:
-            raise ValueError(f"output is {ours.dtype} {tuple(ours.shape)}, must be {theirs.dtype} {tuple(right.shape)}")
+    for ours, theirs, right in matched(outputs, plain, truth):
         sizes = right.abs().max().item(), right.square().mean().sqrt().item()
         floor = 2 * torch.finfo(ours.dtype).eps  # for inputs on which plain PyTorch happens to be nearly exact
         for error, plain_error, size in zip(_errors(ours, right), _errors(theirs, right), sizes):
@@ -38,6 +33,18 @@ def error_share(outputs: Outputs, plain: Outputs, truth: Outputs) -> float:
             share = error / allowed if allowed else math.inf if error else 0.0
             shares.append(math.inf if math.isnan(share) else share)
     return max(shares)
+
+
+def matched(outputs: Outputs, plain: Outputs, truth: Outputs) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Each output with its like; a ValueError if their number, a shape or a dtype is not that of ``plain``."""
+    given, expected, exact = map(_tuple, (outputs, plain, truth))
+    if len(given) != len(expected):
+        raise ValueError(f"it gave {len(given)} outputs, must be {len(expected)}")
+    triples = list(zip(given, expected, exact))
+    for ours, theirs, right in triples:
+        if ours.shape != right.shape or ours.dtype != theirs.dtype:
+            raise ValueError(f"output is {ours.dtype} {tuple(ours.shape)}, must be {theirs.dtype} {tuple(right.shape)}")
+    return triples
 
 
 def _tuple(outputs: Outputs) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ A benchmark of such an op names the op once, and then gets a case for each shape
         for n, c, size in SIZES:
             for dtype in (torch.float32, torch.bfloat16):
                 for passes in (FORWARD, TRAINING):
-                    yield case(OP, [(n, c, size, size), (n, c), (n, c)], dtype, device, passes)
+                    yield case(OP, [(n, c, size, size), (n, c), (n, c)], dtype, device, passes, quick=quick)
 
     def bars(results):
         for result in results:
@@ -41,6 +41,10 @@ EAGER, COMPILED, OURS = "eager", "torch.compile", "gdl_kernels"
 FORWARD = Passes("forward", forward=True, backward=False)
 BACKWARD = Passes("backward", forward=False, backward=True)
 TRAINING = Passes("forward+backward", forward=True, backward=True)
+
+#: The points of a curve over the batch, and of one over the resolution: the side of a map.
+BATCHES, SIDES = (1, 2, 4, 8, 16, 32), (16, 32, 64, 128, 256)
+QUICK_BATCHES, QUICK_SIDES = (1, 4, 16), (16, 32, 64)
 
 #: What the images of all input sets come to: more than a CPU's caches hold.
 ROTATED_BYTES = 64e6
@@ -75,10 +79,12 @@ def case(
     passes: Passes,
     *,
     channels_last: bool = False,
+    quick: bool = False,
 ) -> Case:
     """One case; its name begins with that of its passes. ``shapes`` are those of the inputs, the image's first.
 
-    The backward pass alone has no compiled rival: compiled code forbids a second walk through its graph.
+    The backward pass alone has no compiled rival: compiled code forbids a second walk through its graph. Nor has a
+    quick case with a backward pass, for compiling takes longer than all that is measured there.
     """
     n, channels, *spatial = shapes[0]
     output = (n, channels + op.added_channels, *spatial)
@@ -88,7 +94,7 @@ def case(
     image = math.prod(shapes[0]) * dtype.itemsize
     input_sets = max(2, math.ceil(ROTATED_BYTES / image))
     contestants = [passes.contestant(EAGER, op.reference)]
-    if passes.forward:
+    if compiles(passes, quick):
         contestants.append(passes.contestant(COMPILED, torch.compile(op.reference, dynamic=False)))
     explain = op.explain or functools.partial(gdl_kernels.explain, op.name)
     contestants.append(
@@ -115,6 +121,20 @@ def _inputs(shapes: Sequence[Shape], dtype: torch.dtype, channels_last: bool, ge
     if not channels_last:
         return tuple(drawn)
     return tuple(t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 2 else t for t in drawn)
+
+
+def grown(point: Case, over: str, size: int) -> Case:
+    """A case as a point of the curve over its batch or its resolution: eager and ours, with no bar."""
+    kept = [contestant for contestant in point.contestants if contestant.name in (EAGER, OURS)]
+    passes = point.name.partition(",")[0]
+    return replace(
+        point, name=f"growth over {over}, {point.name}", contestants=kept, growth=(f"{passes} over {over}", size)
+    )
+
+
+def compiles(passes: Passes, quick: bool) -> bool:
+    """Whether torch.compile is among the contestants."""
+    return passes.forward and not (quick and passes.backward)
 
 
 def is_of(result: Result, passes: Passes) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,14 +21,25 @@ from .results import Bar, Result, Row
 SCHEMA = 1
 
 
-def document(results: Sequence[Result], bars: Sequence[Bar], device: torch.device, quick: bool) -> dict[str, Any]:
-    """The run, with the raw samples and with all that is derived from them."""
+def document(
+    results: Sequence[Result],
+    bars: Sequence[Bar],
+    device: torch.device,
+    quick: bool,
+    cut_short: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """The run, with the raw samples and with all that is derived from them.
+
+    Args:
+        cut_short: of each op for whose other cases there was no time, how many cases were measured.
+    """
     return {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **commit(),
         "device": device.type,
         "quick": quick,
+        "cut_short": dict(cut_short or {}),
         "machine": machine(device),
         "versions": versions(),
         "results": [_result(result) for result in results],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .cases import Case, Contestant, Inputs, Task
-from .correctness import Outputs, error_share
+from .correctness import Outputs
 from .launches import launches
 from .memory import peak_growth
 from .results import Result, Row
@@ -66,7 +66,7 @@ def _examine(contestant: Contestant, case: Case, inputs: Inputs, answers: dict[T
     if contestant.explain is not None:
         row.ours = True
         verdicts = contestant.explain(*inputs).verdicts
-        row.backend = next((name for name, verdict in verdicts.items() if verdict == "chosen"), "")
+        row.backend = ", ".join(name for name, verdict in verdicts.items() if verdict == "chosen")
         if row.backend == "reference":
             others = "; ".join(f"{name}: {why}" for name, why in verdicts.items() if name != "reference")
             row.status, row.reason = "unavailable", f"reference would serve it ({others})"
@@ -81,7 +81,7 @@ def _examine(contestant: Contestant, case: Case, inputs: Inputs, answers: dict[T
         row.status, row.reason = "wrong" if row.ours else "unavailable", f"{type(error).__name__}: {error}"
         return row
     try:
-        share = error_share(outputs, plain, truth)
+        share = task.share(outputs, plain, truth)
     except ValueError as error:
         row.status, row.reason = "wrong", str(error)
         return row

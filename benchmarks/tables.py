@@ -80,9 +80,9 @@ def _name(row: Row) -> str:
 
 def _cells(result: Result, row: Row) -> list[str]:
     median, quartiles = row.median_ms, row.quartiles_ms
-    time = NOTHING if median is None else _ms(median)
+    time = NOTHING if median is None else milliseconds(median)
     if quartiles is not None:
-        time += f" ({_ms(quartiles[0])}–{_ms(quartiles[1])})"
+        time += f" ({milliseconds(quartiles[0])}–{milliseconds(quartiles[1])})"
     return [
         _name(row),
         time,
@@ -94,7 +94,7 @@ def _cells(result: Result, row: Row) -> list[str]:
     ]
 
 
-def _ms(value: float) -> str:
+def milliseconds(value: float) -> str:
     return f"{value:.4g}" if value < 1000 else f"{value:,.0f}"
 
 

@@ -25,7 +25,7 @@ class Plan:
     max_rounds: int
 
 
-QUICK = Plan(seconds=2, min_rounds=3, max_rounds=30)
+QUICK = Plan(seconds=0.5, min_rounds=3, max_rounds=30)
 FULL = Plan(seconds=10, min_rounds=5, max_rounds=100)
 
 

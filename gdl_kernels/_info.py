@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import _backends, _native
+from . import _backends, _native, _tuned
 
 #: Every variable that changes what is built or what runs; docs/environment.md says how.
 VARIABLES = (
@@ -37,8 +37,12 @@ def collect() -> dict[str, Any]:
         },
         "gpus": [
             f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
-            for properties in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+            for properties in _gpus()
         ],
+        "tuned": {
+            f"sm_{capability}": _tuned_state(capability)
+            for capability in sorted({10 * gpu.major + gpu.minor for gpu in _gpus()})
+        },
         "native": {name: _native_state(name) for name in _native.MODULES},
         "build": _native.build_record(),
         "backends": _backends.available_backends(),
@@ -60,6 +64,22 @@ def _versions() -> dict[str, str]:
     versions["torch"] = torch.__version__
     versions["CUDA of torch"] = torch.version.cuda or "none: a CPU build"
     return versions
+
+
+def _gpus() -> list[Any]:
+    return [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+
+
+def _tuned_state(capability: int) -> str:
+    """Whether a table of measured launch configurations serves such a GPU."""
+    try:
+        table = _tuned.shipped(capability)
+    except ValueError as error:
+        return str(error)
+    if table is None:
+        return "no table: every Triton launcher chooses for itself (python -m benchmarks tune measures and writes one)"
+    about = table.about
+    return f"{len(table.rows)} kernels, on {about['gpu']}, {about['date'][:10]}, commit {str(about['commit'])[:9]}"
 
 
 def _native_state(name: str) -> str:

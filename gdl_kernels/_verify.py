@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,24 @@ from torch.utils._pytree import tree_map
 from . import _backends, _native
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is checked, and how.
+
+    Attributes:
+        seed: of the random inputs.
+        ops, backends, dtypes: by name; None for all.
+        poison: fill memory that kernels are to write with NaN first, so that what they forget is seen. Without it, a
+            tool that looks for reads of memory that nobody wrote can see those.
+    """
+
+    seed: int
+    ops: Collection[str] | None = None
+    backends: Collection[str] | None = None
+    dtypes: Collection[str] | None = None
+    poison: bool = True
 
 
 @dataclass(frozen=True)
@@ -39,48 +57,63 @@ class Check:
     verdict: str = "right"
     why: str = ""
 
+    @property
+    def wrong(self) -> bool:
+        return self.verdict in ("wrong", "raised")
 
-def not_run() -> dict[tuple[str, str], str]:
+
+def not_run(selection: Selection) -> dict[tuple[str, str], str]:
     """By op and backend, why kernels of ours can't run on this machine."""
     return {
         (name, backend): "; ".join(missing)
         for name, choices in _backends.ops().items()
         for backend in choices.reasons
-        if (missing := _native.missing(backend))
+        if _has(selection.ops, name) and _has(selection.backends, backend) and (missing := _native.missing(backend))
     }
 
 
-def checks(seed: int, op: str | None = None) -> Iterator[Check]:
-    """Check every op, or one, on each backend that runs here, in each dtype, forward and backward."""
-    skipped = not_run()
+def checks(selection: Selection) -> Iterator[Check]:
+    """Check ops on each backend that runs here, in each dtype, forward and backward."""
+    skipped = not_run(selection)
     for name, choices in _backends.ops().items():
-        if op not in (None, name):
+        backends = [b for b in choices.reasons if _has(selection.backends, b) and (name, b) not in skipped]
+        if not backends or not _has(selection.ops, name):
             continue
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
+            torch.manual_seed(selection.seed)
             examples = list(choices.examples())
-        for backend in choices.reasons:
-            if (name, backend) in skipped:
-                continue
+        for backend in backends:
             for example in examples:
                 for dtype in DTYPES:
-                    yield _check(choices, example, backend, dtype, seed)
+                    if _has(selection.dtypes, name_of(dtype)):
+                        yield _check(choices, example, backend, dtype, selection)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _has(chosen: Collection[str] | None, name: str) -> bool:
+    return chosen is None or name in chosen
 
 
 def _check(
-    choices: _backends.Choices, example: _backends.Example, backend: str, dtype: torch.dtype, seed: int
+    choices: _backends.Choices, example: _backends.Example, backend: str, dtype: torch.dtype, selection: Selection
 ) -> Check:
     import gdl_kernels
 
+    seed = selection.seed
     function = getattr(gdl_kernels, choices.op)
     device = torch.device("cpu" if backend == "cpu" or not torch.cuda.is_available() else "cuda")
-    row = Check(choices.op, example.name, backend, str(dtype).removeprefix("torch."))
-    args, kwargs, _ = _prepared(example, device, dtype, dtype)
-    if reasons := choices.why_not(backend, *args, **kwargs):
-        return replace(row, verdict="can't", why="; ".join(reasons))
+    row = Check(choices.op, example.name, backend, name_of(dtype))
     try:
-        with _poisoned_memory():
+        args, kwargs, _ = _prepared(example, device, dtype, dtype)
+        if reasons := choices.why_not(backend, *args, **kwargs):
+            return replace(row, verdict="can't", why="; ".join(reasons))
+        with _poisoned_memory() if selection.poison else nullcontext():
             ours = _run(function, example, backend, device, dtype, dtype, seed)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # a kernel's faults show here at the latest
         plain = _run(function, example, "reference", device, dtype, dtype, seed)
         exact = _run(function, example, "reference", torch.device("cpu"), dtype, torch.float64, seed)
     except Exception as error:  # whatever a broken kernel raises belongs in the table, beside the others

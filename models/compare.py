@@ -194,7 +194,7 @@ def compare(
         losses = {side: process.ask("save") for side, process in sides.items()}
         say("comparing outputs and gradients")
         ours, reference = (load_file(folder / f"{side}.safetensors") for side in SIDES)
-        decoding_error = _error(ours.pop("decoded"), reference.pop("decoded")) if "decoding" in phases else None
+        decoding_error = relative_error(ours.pop("decoded"), reference.pop("decoded")) if "decoding" in phases else None
         output_error, gradient_error, worst = errors(ours, reference)
         for repetition in range(repetitions):
             for phase in phases:
@@ -237,13 +237,14 @@ def errors(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[float
         missing = ", ".join(sorted(set(ours) ^ set(reference)))
         raise RuntimeError(f"only one side has a gradient for {missing}")
     floor = 1e-3 * statistics.fmean(float(reference[name].double().norm()) ** 2 for name in names) ** 0.5
-    gradients = {name: _error(ours[name], reference[name], floor) for name in names}
+    gradients = {name: relative_error(ours[name], reference[name], floor) for name in names}
     # NaN is the worst of all, but no number is larger than another that is NaN.
     worst = max(gradients, key=lambda name: float("inf") if gradients[name] != gradients[name] else gradients[name])
-    return _error(ours["output"], reference["output"]), gradients[worst], worst
+    return relative_error(ours["output"], reference["output"]), gradients[worst], worst
 
 
-def _error(ours: Tensor, reference: Tensor, least: float = 0.0) -> float:
+def relative_error(ours: Tensor, reference: Tensor, least: float = 0.0) -> float:
+    """``|ours - reference| / max(|reference|, least)``, in 2-norms."""
     difference = float((ours.double() - reference.double()).norm())
     return difference / max(float(reference.double().norm()), least, torch.finfo(torch.float64).tiny)
 

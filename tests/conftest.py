@@ -9,6 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+# Tests read what the command line says, not where 80 columns break it; typer reads this when it is imported.
+os.environ["TERMINAL_WIDTH"] = "200"
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
@@ -23,6 +26,23 @@ def _drawn_numbers(request: pytest.FixtureRequest) -> None:
     """Every run draws its numbers anew. Continuous integration draws the same ones, as hypothesis does there."""
     if "CI" in os.environ:
         torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def _shared_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After a test on a GPU: is it still usable? And of several processes none keeps memory that it has no use for."""
+    yield
+    if not request.node.get_closest_marker("gpu"):
+        return
+    several = "PYTEST_XDIST_WORKER" in os.environ
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:  # an illegal access, after which every call of this process fails
+        if several:
+            os._exit(1)  # pytest-xdist goes on in a new process
+        pytest.exit(f"nothing runs on the GPU after {request.node.nodeid}: {error}", returncode=1)
+    if several:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

@@ -10,7 +10,23 @@ import gdl_kernels
 from gdl_kernels.ops.adain import reference
 
 from ..cases import Case
-from ..images import BACKWARD, COMPILED, EAGER, FORWARD, ImageOp, case, copies, is_of, over, pixels
+from ..images import (
+    BACKWARD,
+    BATCHES,
+    COMPILED,
+    EAGER,
+    FORWARD,
+    QUICK_BATCHES,
+    QUICK_SIDES,
+    SIDES,
+    ImageOp,
+    case,
+    copies,
+    grown,
+    is_of,
+    over,
+    pixels,
+)
 from ..results import Bar, Result
 
 OP = ImageOp("adain", gdl_kernels.adain, lambda x, scale, bias: reference.adain(x, scale, bias, 1e-5))
@@ -21,7 +37,7 @@ CHANNELS = {16: 512, 32: 512, 64: 256, 128: 128, 256: 64, 512: 32, 1024: 16}
 
 
 def sizes(quick: bool) -> dict[int, int]:
-    return {size: CHANNELS[size] for size in (16, 64, 256)} if quick else CHANNELS
+    return {size: CHANNELS[size] for size in (64,)} if quick else CHANNELS
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
@@ -29,9 +45,19 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
         image, planes = (IMAGES, channels, size, size), (IMAGES, channels)
         for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
             for passes in (FORWARD, BACKWARD):
-                yield case(OP, [image, planes, planes], dtype, device, passes)
+                yield case(OP, [image, planes, planes], dtype, device, passes, quick=quick)
         if not quick:
             yield case(OP, [image, planes, planes], torch.float32, device, FORWARD, channels_last=True)
+    for batch in QUICK_BATCHES if quick else BATCHES:
+        yield grown(_point(batch, 64, device), "batch", batch)
+    for side in QUICK_SIDES if quick else SIDES:
+        yield grown(_point(IMAGES, side, device), "pixels", side**2)
+
+
+def _point(batch: int, side: int, device: torch.device) -> Case:
+    channels = 64
+    planes = (batch, channels)
+    return case(OP, [(batch, channels, side, side), planes, planes], torch.float32, device, FORWARD)
 
 
 def bars(results: Sequence[Result]) -> list[Bar]:
@@ -39,6 +65,6 @@ def bars(results: Sequence[Result]) -> list[Bar]:
     for result in results:
         if is_of(result, BACKWARD):
             asked.append(over(result, EAGER, 5.0))
-        elif pixels(result) >= 64**2:
+        elif is_of(result, FORWARD) and pixels(result) >= 64**2:
             asked += [over(result, EAGER, 10.0), over(result, COMPILED, 3.0), copies(result, 2.5)]
     return asked

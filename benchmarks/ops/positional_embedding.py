@@ -17,7 +17,7 @@ from gdl_kernels.ops.positional_embedding import reference
 
 from ..cases import Case, Inputs, Task, short
 from ..ceilings import memory_copy
-from ..images import BACKWARD, COMPILED, EAGER, FORWARD, OURS, ROTATED_BYTES, TRAINING, copies, is_of, over
+from ..images import BACKWARD, COMPILED, EAGER, FORWARD, OURS, ROTATED_BYTES, TRAINING, compiles, copies, is_of, over
 from ..passes import Passes
 from ..results import Bar, Result
 
@@ -42,13 +42,13 @@ SIZES = (
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    for passes in (FORWARD, BACKWARD, TRAINING):
+    for passes in (FORWARD, TRAINING) if quick else (FORWARD, BACKWARD, TRAINING):
         for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
             for size in SIZES[1:2] if quick else SIZES:
-                yield case(size, dtype, device, passes)
+                yield case(size, dtype, device, passes, quick=quick)
 
 
-def case(size: Size, dtype: torch.dtype, device: torch.device, passes: Passes) -> Case:
+def case(size: Size, dtype: torch.dtype, device: torch.device, passes: Passes, *, quick: bool = False) -> Case:
     """The rival's sinusoids are a table, as most models have them, and computed where the name says so. It scales and
     adds in one pass. The backward pass alone has no compiled rival: compiled code forbids a second walk through its
     graph, and has torch's own embedding backward in it.
@@ -63,6 +63,7 @@ def case(size: Size, dtype: torch.dtype, device: torch.device, passes: Passes) -
     contestants = [passes.contestant(EAGER, cached)]
     if passes.forward:
         contestants.append(passes.contestant(COMPUTED, computed))
+    if compiles(passes, quick):
         contestants.append(passes.contestant(COMPILED, torch.compile(cached, dynamic=False)))
     ours = passes.contestant(OURS, gdl_kernels.positional_embedding)
     contestants.append(replace(ours, explain=lambda *inputs: gdl_kernels.explain("positional_embedding", *inputs[:2])))

@@ -46,7 +46,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
         shapes = [(*planes, size, size), planes, planes, (IMAGES, 1, size, size), (channels,), (channels,)]
         for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
             for passes in (FORWARD, BACKWARD):
-                drawn = case(OP, shapes, dtype, device, passes)
+                drawn = case(OP, shapes, dtype, device, passes, quick=quick)
                 yield replace(drawn, inputs=functools.partial(_exact, drawn.inputs))
 
     if not quick or device.type == "cuda":

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from models.atomic import replacing
 
-from ..tables import bandwidth, bar_value, rate
+from ..tables import bandwidth, bar_value, milliseconds, rate
 from . import plots
 
 Run = Mapping[str, Any]
@@ -66,6 +66,7 @@ def write(path: Path, runs: Sequence[tuple[str, Run]], pictures: Sequence[Path] 
         pictures=[_picture(path) for path in pictures],
         value=lambda bar, value: bar_value(bar["unit"], value),
         width=_width,
+        milliseconds=milliseconds,
     )
     with replacing(path) as temporary:
         temporary.write_text(content, encoding="utf-8")

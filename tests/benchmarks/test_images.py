@@ -14,8 +14,21 @@ import gdl_kernels
 from benchmarks import images
 from benchmarks.cases import Case, Contestant
 from benchmarks.ceilings import memory_copy
-from benchmarks.images import BACKWARD, COMPILED, EAGER, FORWARD, OURS, TRAINING, ImageOp, case, copies, over
-from benchmarks.ops import minibatch_stddev, pixel_norm
+from benchmarks.images import (
+    BACKWARD,
+    COMPILED,
+    EAGER,
+    FORWARD,
+    OURS,
+    TRAINING,
+    ImageOp,
+    case,
+    copies,
+    grown,
+    is_of,
+    over,
+)
+from benchmarks.ops import adain, minibatch_self_attention, minibatch_stddev, pixel_norm
 from benchmarks.passes import Passes
 from benchmarks.results import Result, Row
 from benchmarks.runner import run
@@ -118,7 +131,17 @@ def test_what_is_asked_of_pixel_norm() -> None:
     assert unmeasured.measured is None
 
 
-@pytest.mark.parametrize("module", [pixel_norm, minibatch_stddev], ids=lambda module: module.__name__)
+def test_a_point_of_a_curve_is_ours_and_eager_and_no_bar_of_it_is_asked() -> None:
+    points = [grown(case(pixel_norm.OP, [(n, *SHAPE[1:])], torch.float32, CPU, FORWARD), "batch", n) for n in (1, 4)]
+    results = [_run(point) for point in points]
+    assert [[row.contestant for row in result.rows] for result in results] == [[EAGER, OURS]] * 2
+    assert [result.growth for result in results] == [("forward over batch", 1), ("forward over batch", 4)]
+    assert not any(is_of(result, passes) for result in results for passes in (FORWARD, BACKWARD, TRAINING))
+
+
+@pytest.mark.parametrize(
+    "module", [adain, minibatch_self_attention, minibatch_stddev, pixel_norm], ids=lambda module: module.__name__
+)
 def test_names_are_unique(module: Any) -> None:
     for quick in (False, True):
         names = [built.name for built in module.cases(CPU, quick=quick)]

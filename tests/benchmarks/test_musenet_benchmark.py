@@ -117,4 +117,4 @@ def test_tokens_a_second_at_both_ends_are_told() -> None:
 def test_a_model_is_chosen_by_name() -> None:
     wrong = CliRunner().invoke(app, ["--model", "abacus"])
     assert wrong.exit_code == 2
-    assert "must be one of musenet, got 'abacus'" in " ".join(wrong.output.replace("│", " ").split())
+    assert "progan, sagan, stylegan, transformer, got 'abacus'" in " ".join(wrong.output.replace("│", " ").split())

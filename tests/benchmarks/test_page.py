@@ -105,6 +105,22 @@ def test_what_is_wrong_has_no_time(tmp_path: Path) -> None:
     assert "Growth" not in text
 
 
+def test_a_model_is_told_like_an_op(tmp_path: Path) -> None:
+    """By its name; in seconds it has no exponent, and without a size no curve."""
+    rows = [
+        Row("eager", 4e12, 0.0, samples_ms=[24_691.0] * 3, peak_bytes=2**31),
+        Row("gdl_kernels", 4e12, 0.0, ours=True, samples_ms=[12_345.5] * 3, peak_bytes=2**30),
+    ]
+    top = Row("torch.mm 2048³, float32", 17e9, 0.0, samples_ms=[34.0] * 3)
+    model = Result("sagan", "training step, 16×64×64, fp32", "8.5 M parameters", "float32", None, 1, top, rows)
+    run = json.loads(json.dumps(record.document([model], [], torch.device("cpu"), quick=False)))
+    write(tmp_path / "page.html", [("models", run)])
+    text = " ".join(Outline((tmp_path / "page.html").read_text(encoding="utf-8")).text.split())
+    assert "sagan training step, 16×64×64, fp32 12,346 ms, 324 GFLOP/s, 65 % of the machine's" in text
+    assert "8.5 M parameters eager 2.00×" in text
+    assert "Growth" not in text
+
+
 def test_one_run_gives_one_page(tmp_path: Path, page: Path) -> None:
     write(tmp_path / "again.html", [("attention", a_run(date=DATE))], [ROOT / "docs" / "layouts.png"])
     assert (tmp_path / "again.html").read_bytes() == page.read_bytes()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+import benchmarks.__main__
 import benchmarks.ops
 from benchmarks import record
 from benchmarks.__main__ import app
@@ -400,6 +401,50 @@ def test_cases_are_chosen_by_a_part_of_their_name(tmp_path: Path, monkeypatch: p
     outcome = CliRunner().invoke(app, [*command, "--case", "huge"], env={"COLUMNS": "200"})
     assert outcome.exit_code == 2
     assert "must be part of a case's name, got 'huge'" in outcome.output
+
+
+def test_the_run_is_written_after_every_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is taken away takes nothing but the case at hand."""
+    (tmp_path / "broken_off.py").write_text(TWO_CASES.replace("def bars", "    raise KeyboardInterrupt\n\ndef bars"))
+    monkeypatch.setattr(benchmarks.ops, "__path__", [*benchmarks.ops.__path__, str(tmp_path)])
+    path = tmp_path / "run.json"
+    outcome = CliRunner().invoke(app, ["--op", "broken_off", "--quick", "--device", "cpu", "--json", str(path)])
+    assert outcome.exit_code != 0
+    run_ = json.loads(path.read_text())
+    assert [result["case"] for result in run_["results"]] == ["square, small", "square, large"]
+    assert len(run_["bars"]) == 1
+
+
+def test_what_time_is_not_enough_for_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of two ops has half of the time, and a case at least; the second has what the first has left over."""
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.py").write_text(TWO_CASES)
+    monkeypatch.setattr(benchmarks.ops, "__path__", [*benchmarks.ops.__path__, str(tmp_path)])
+    path, now = tmp_path / "run.json", [0.0]
+    monkeypatch.setattr(benchmarks.__main__.time, "monotonic", lambda: now[0])
+
+    def taking(seconds: float) -> Callable[..., Result]:
+        def measured(name: str, case: Case, *_: Any) -> Result:
+            now[0] += seconds
+            rows = [Row(contestant, 16.0, 0.0, samples_ms=[1.0]) for contestant in ("eager", "ours")]
+            return Result(name, case.name, case.shape, "float32", None, 0, rows[0], rows)
+
+        return measured
+
+    command = ["--op", "first", "--op", "second", "--quick", "--device", "cpu", "--json", str(path), "--minutes", "1"]
+    for seconds, counts, cut_short in (
+        (25.0, {"first": 2, "second": 1}, {"second": 1}),
+        (31.0, {"first": 1, "second": 1}, {"first": 1, "second": 1}),
+        (61.0, {"first": 1}, {"first": 1, "second": 0}),
+        (1.0, {"first": 2, "second": 2}, {}),
+    ):
+        now[0] = 0.0
+        monkeypatch.setattr(benchmarks.__main__, "run", taking(seconds))
+        outcome = CliRunner().invoke(app, command)
+        assert outcome.exit_code == 0, outcome.output
+        run_ = json.loads(path.read_text())
+        assert run_["cut_short"] == cut_short
+        assert {op: sum(r["op"] == op for r in run_["results"]) for op in counts} == counts
 
 
 @pytest.mark.parametrize(

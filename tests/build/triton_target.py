@@ -16,6 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from gdl_kernels import _tuned
+
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 #: What was launched: the kernel's name and what Triton compiled.
@@ -40,7 +42,7 @@ class Target:
 
 @contextmanager
 def compiled_for(arch: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiled]:
-    """Launchers run as they are, up to the launch: what they would have launched comes here."""
+    """Launchers run by their own choices, up to the launch: what they would have launched comes here."""
     kernels: Compiled = []
     run = JITFunction.run
 
@@ -51,7 +53,8 @@ def compiled_for(arch: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Compile
     monkeypatch.setattr(JITFunction, "run", compile_only)
     driver.set_active(Target(arch))
     try:
-        yield kernels
+        with _tuned.using(None):  # what a table says was measured on the GPU that it is for
+            yield kernels
     finally:
         if torch.cuda.is_available():  # without a GPU there is no driver to go back to
             driver.reset_active()

@@ -216,6 +216,7 @@ def test_a_device_that_is_not_the_current_one() -> None:
         torch.testing.assert_close(first.cpu(), second.cpu())
 
 
+@pytest.mark.xdist_group("gigabytes")
 @pytest.mark.parametrize("memory", MEMORY)
 @pytest.mark.parametrize("shape", [(2, 8, 2**27 + 8), (1, 2, 2**30 + 64)], ids=str)
 def test_more_than_2_to_the_31_elements(shape: tuple[int, ...], memory: str) -> None:

@@ -258,6 +258,7 @@ def test_offsets_beyond_32_bits(memory: str) -> None:
     check(tensors, random((2, channels, 8), torch.bfloat16), "cpu")
 
 
+@pytest.mark.xdist_group("gigabytes")
 @pytest.mark.gpu
 @pytest.mark.parametrize("memory", ["contiguous", "channels last"])
 def test_more_than_2_to_the_31_elements(memory: str) -> None:

@@ -119,6 +119,7 @@ def test_offsets_beyond_32_bits(memory: str, channels: int) -> None:
     check(x, random(x.shape, torch.bfloat16), "cpu")
 
 
+@pytest.mark.xdist_group("gigabytes")
 @pytest.mark.gpu
 @pytest.mark.parametrize("memory", ["contiguous", "channels last"])
 def test_more_than_2_to_the_31_elements(memory: str) -> None:

@@ -177,6 +177,7 @@ def test_offsets_beyond_32_bits(kernel: Kernel) -> None:
     check(tokens, random((2, columns), torch.bfloat16, device), far, backend)
 
 
+@pytest.mark.xdist_group("gigabytes")
 @pytest.mark.gpu
 def test_more_than_2_to_the_31_elements() -> None:
     tokens = random_tokens((3, 1_400_000), 50, "cuda")

@@ -261,6 +261,7 @@ def test_offsets_beyond_32_bits() -> None:
     check([weight], "cpu", ulps=8)
 
 
+@pytest.mark.xdist_group("gigabytes")
 @pytest.mark.gpu
 def test_more_than_2_to_the_31_elements() -> None:
     weight = torch.randn(2**15 + 8, 2**16, device="cuda", dtype=torch.bfloat16)

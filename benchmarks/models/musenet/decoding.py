@@ -22,7 +22,7 @@ from .plain import Attention, DenseCache, dense, kept_keys, last_logits, masked,
 
 OURS, DENSE, EAGER, SDPA = "gdl_kernels", "dense, cached", "recomputed, eager", "recomputed, SDPA"
 POSITIONS = (256, 1024, 2048, 4096, 8192, 16_384)
-QUICK_POSITIONS = (1024, 4096)
+QUICK_POSITIONS = (1024,)
 #: Computing all positions anew takes a second for a token from here on, and four times that at twice as many.
 RECOMPUTED = 2048
 #: The Sparse Transformer's widest summary, which is `--preset small`'s, and its narrowest.

@@ -9,8 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
-from .... import _images
-from ...sparse_attention.triton.launch import DOT, launch, padded
+from .... import _images, _tuned
+from ...._tuned import Tiles
+from ...sparse_attention.triton.launch import DOT, capability, launch, padded
 from . import maps
 
 #: Values that a program of ``pool`` writes: 8 for each thread of four warps.
@@ -45,20 +46,6 @@ class Pooled(NamedTuple):
     winner: Tensor | None
 
 
-class Tiles(NamedTuple):
-    """How one kernel is launched.
-
-    Attributes:
-        own: pixels that a program owns: queries, or keys in the kernels of their gradients.
-        step: pixels that it takes at a time from those it walks.
-    """
-
-    own: int
-    step: int
-    num_stages: int
-    num_warps: int
-
-
 #: For 16-bit inputs, by kernel, with up to 128 padded channels. Chosen by what the compiler reports: nothing spills,
 #: and 99 KB of shared memory, what the smaller chips have, are enough. Not yet timed on any GPU.
 TILES = {
@@ -70,13 +57,20 @@ TILES = {
 }
 
 
-def tiles(kernel: str, channels: int, itemsize: int) -> Tiles:
-    """The launch configuration of a kernel.
+def tiles(kernel: str, capability: int, channels: int, itemsize: int) -> Tiles:
+    """The launch configuration of a kernel: the tuned table's where that has one, else :func:`built_in_tiles`.
 
     Args:
+        capability: the GPU's compute capability, as in ``sm_90``.
         channels: the larger of the padded channel counts.
         itemsize: bytes an element.
     """
+    tuned = _tuned.tiles(capability, "minibatch_self_attention", kernel, channels, itemsize)
+    return tuned or built_in_tiles(kernel, channels, itemsize)
+
+
+def built_in_tiles(kernel: str, channels: int, itemsize: int) -> Tiles:
+    """What is launched where no table says otherwise."""
     if itemsize == 4:
         # "ieee" products of float32 run on the ordinary cores, operands in registers: small tiles, many warps.
         small = channels > 64 and kernel in ("grad_query", "grad_key_value", "double_rows")
@@ -129,7 +123,7 @@ class Call:
     def launch(self, name: str, kernel: Any, *args: Any) -> None:
         """Launch a kernel whose programs own queries, or keys where ``name`` says so."""
         block_c, block_v = padded(self.channels), padded(self.value_channels)
-        config = tiles(name, max(block_c, block_v), self.dtype.itemsize)
+        config = tiles(name, capability(self.device), max(block_c, block_v), self.dtype.itemsize)
         owned = self.n_k if name in ("grad_key_value", "double_columns") else self.n_q
         launch(
             kernel, self.batch * triton.cdiv(owned, config.own), self.device, config.num_warps, config.num_stages,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,31 +13,16 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .... import _native
+from .... import _native, _tuned
+from ...._tuned import Tiles
 from .walk import Lists
 
-
-class Tiles(NamedTuple):
-    """How one kernel is launched.
-
-    Attributes:
-        own: positions that a program owns: queries, or keys in the kernels of their gradients. At most a block.
-        step: positions that a program takes from its list at a time: several small blocks, or a part of a large one.
-        num_stages: depth of the pipeline. A tile's address hangs on a load of its own, that of the block's number, so
-            five stages keep two tiles in flight, three keep one.
-        num_warps: warps a program.
-    """
-
-    own: int
-    step: int
-    num_stages: int
-    num_warps: int
-
-
 #: ``(own, step, num_stages)`` for 16-bit inputs, by the major compute capability that a row was made for, kernel and
-#: padded head size. Up to 128 features, in blocks of 64 and 128, nothing spills, and row 8 needs at most the 99 KB of
-#: shared memory of the smaller chips of its generation. Above, some spill: in the gradients of keys and values two
-#: accumulators alone fill the registers. Chosen by what the compiler reports; not yet timed on any GPU.
+#: padded head size. ``own`` is at most a block; a ``step`` is several small blocks, or a part of a large one. A tile's
+#: address hangs on a load of its own, that of the block's number, so five stages keep two tiles in flight, three keep
+#: one. Up to 128 features, in blocks of 64 and 128, nothing spills, and row 8 needs at most the 99 KB of shared memory
+#: of the smaller chips of its generation. Above, some spill: in the gradients of keys and values two accumulators alone
+#: fill the registers. Chosen by what the compiler reports; not yet timed on any GPU.
 TILES = {
     8: {
         "forward": {64: (128, 64, 5), 128: (128, 32, 5), 256: (64, 16, 3)},
@@ -57,15 +42,23 @@ TILES = {
 
 
 def tiles(kernel: str, capability: int, head_dim: int, block_size: int, itemsize: int, dropout: bool) -> Tiles:
-    """The launch configuration of a kernel.
+    """The launch configuration of a kernel: the tuned table's where that has one, else :func:`built_in_tiles`.
 
     Args:
         kernel: a name in :data:`TILES`, or ``"decode"``, whose programs own heads.
-        capability: the GPU's major compute capability.
+        capability: the GPU's compute capability, as in ``sm_90``.
         head_dim: the larger of the padded head sizes.
         itemsize: bytes an element.
         dropout: whether the kernel draws random numbers.
     """
+    tuned = _tuned.tiles(capability, "sparse_attention", kernel, head_dim, block_size, itemsize, int(dropout))
+    return tuned or built_in_tiles(kernel, capability, head_dim, block_size, itemsize, dropout)
+
+
+def built_in_tiles(
+    kernel: str, capability: int, head_dim: int, block_size: int, itemsize: int, dropout: bool
+) -> Tiles:
+    """What is launched where no table says otherwise."""
     if kernel == "decode":
         # At most 64 heads of a group, 16 of them in an instruction. Nothing is computed twice and little is computed:
         # what counts is bytes in flight.
@@ -74,7 +67,7 @@ def tiles(kernel: str, capability: int, head_dim: int, block_size: int, itemsize
         # "ieee" products of float32 run on the ordinary cores, operands in registers: small tiles, many warps.
         return Tiles(min(32, block_size), 16, 1, 4 if head_dim <= 64 else 8)
     # Only data-centre Hopper (9) and Blackwell (10) have the shared memory that row 9 asks for.
-    own, step, num_stages = TILES[9 if capability in (9, 10) else 8][kernel][max(64, head_dim)]
+    own, step, num_stages = TILES[9 if capability // 10 in (9, 10) else 8][kernel][max(64, head_dim)]
     own = min(own, block_size)
     if dropout and kernel not in ("forward", "grad_query"):
         step = max(16, step // 2)  # or the random numbers of a tile would spill
@@ -104,8 +97,12 @@ def padded(features: int) -> int:
 
 
 @functools.cache
-def _capability(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9  # the interpreter has no limits
+def capability(device: torch.device) -> int:
+    """As in ``sm_90``."""
+    if device.type != "cuda":
+        return 90  # the interpreter has no limits
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @functools.cache
@@ -173,7 +170,7 @@ class Call:
         """A kernel's tile sizes, and the constants that it is compiled for."""
         block_d, block_dv = padded(self.head_dim), padded(self.value_dim)
         config = tiles(
-            kernel, _capability(self.device), max(block_d, block_dv), self.block_size, self.dtype.itemsize,
+            kernel, capability(self.device), max(block_d, block_dv), self.block_size, self.dtype.itemsize,
             self.seed is not None,
         )  # fmt: skip
         return config, {
@@ -196,7 +193,7 @@ class Call:
         return tuple(_descriptor(t, self.n_q, step) if able else None for t in (query, grad_out))
 
     def _has_copy_engine(self, step: int) -> bool:
-        if _capability(self.device) < 9 or self.dtype.itemsize != 2:
+        if capability(self.device) < 90 or self.dtype.itemsize != 2:
             return False
         return self.order is None and self.start is None and step <= self.block_size
 
@@ -268,9 +265,15 @@ class Call:
         return [torch.empty(shape, dtype=torch.float32, device=self.device) for _ in range(count)]
 
 
+#: Called with what Triton compiled for each launch, None in its interpreter. Tuning looks for spills there.
+observers: list[Callable[[Any], None]] = []
+
+
 def launch(
     kernel: Any, programs: int, device: torch.device, num_warps: int, num_stages: int, *args: Any, **constants: Any
 ) -> None:
     if programs:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            kernel[(programs,)](*args, **constants, num_warps=num_warps, num_stages=num_stages)
+            compiled = kernel[(programs,)](*args, **constants, num_warps=num_warps, num_stages=num_stages)
+        for observe in observers:
+            observe(compiled)

@@ -1,0 +1,26 @@
+"""StyleGAN: the logistic loss with R1, which is differentiated twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from models.stylegan.cli import TINY
+from models.stylegan.model import Stylegan, StyleganConfig
+
+from .. import gans, model_cases
+from ..cases import Case
+from ..results import Bar, Result
+
+#: Half the images of ``python -m models compare stylegan``: in float64 they take their time.
+VARIANTS = (gans.variant(Stylegan, StyleganConfig(size=256, capacity=4096, widest=128), 4, asked=1.5),)
+QUICK = (gans.variant(Stylegan, TINY, 8),)
+
+
+def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    yield from model_cases.cases(QUICK if quick else VARIANTS, device, quick)
+
+
+def bars(results: Sequence[Result]) -> list[Bar]:
+    return model_cases.bars(results, VARIANTS)
