@@ -35,9 +35,13 @@ def channels_last(x: Tensor) -> bool:
 def empty_like(x: Tensor, channels: int | None = None) -> Tensor:
     """Memory for an output like ``x``, or with other channels: dense, channels last where ``x`` has them last."""
     channels = x.shape[1] if channels is None else channels
-    if channels_last(x):
-        return x.new_empty(x.shape[0], *x.shape[2:], channels).movedim(-1, 1)
-    return x.new_empty(x.shape[0], channels, *x.shape[2:])
+    sizes = [x.shape[0], channels, *x.shape[2:]]
+    if not channels_last(x):
+        return x.new_empty(sizes)
+    strides, step = [1] * len(sizes), channels
+    for d in [*range(len(sizes) - 1, 1, -1), 0]:
+        strides[d], step = step, step * sizes[d]
+    return x.new_empty_strided(sizes, strides)  # no view, which autograd would not let anybody change in place
 
 
 def shape(x: Tensor) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ of them: it commutes with nearest upsampling and with average pooling.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class ConditionedConvolution(nn.Module):
         self.convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
 
     def forward(self, x: Tensor, affine: Affine) -> Tensor:
-        x = F.relu(self.norm.normalize(x, *affine))
+        x = F.relu_(self.norm.normalize(x, *affine))
         if self.up:
             return conv_of_upsampled(x, self.convolution.weight, self.convolution.bias)
         return self.convolution(x)
@@ -103,7 +104,8 @@ class DiscriminatorBlock(nn.Module):
         self.shortcut = nn.Conv2d(inputs, outputs, 1) if down or inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h, second = F.relu(self.convolutions[0](x if self.first else F.relu(x))), self.convolutions[1]
+        h = F.relu_(self.convolutions[0](x if self.first else F.relu(x)))
+        second: Any = self.convolutions[1]
         if self.down:
             return downsampled_conv(h, second.weight, second.bias) + self.shortcut(downsample(x))
         return second(h) + self.shortcut(x)

@@ -38,13 +38,13 @@ def problem(
     penalties, then the generator's, so each network's gradients are those that its optimiser would see.
     """
     torch.manual_seed(seed)
-    there: Any = {"device": device, "dtype": dtype, "memory_format": memory_format(device)}
     with gdl_kernels.backend("reference"):  # new spectral norms take steps of the power method: the same on both sides
-        model = gan(config).to(**there).train()
+        model = gan(config).placed(device, dtype).train()
     latents = model.latents(len(real.images)).to(device=device, dtype=dtype)
     labels = model.labels(len(real.images))
     labels = None if labels is None else labels.to(device)
-    shown = Batch(real.images.to(**there), None if real.labels is None else real.labels.to(device))
+    images = real.images.to(device, dtype, memory_format=memory_format(device))
+    shown = Batch(images, None if real.labels is None else real.labels.to(device))
 
     def forward() -> Tensor:
         torch.manual_seed(seed)

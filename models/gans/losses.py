@@ -87,7 +87,7 @@ class Logistic:
         of_real, gradients = _differentiated(score, real)  # in one pass, which R1 needs in any case
         return {
             "logistic": F.softplus(-of_real).mean() + F.softplus(score(fake)).mean(),
-            "r1": self.gamma / 2 * _mean_square(gradients),
+            "r1": self.gamma / 2 * gradients.square().flatten(1).sum(1).mean(),
         }
 
     def generator(self, fake: Tensor) -> Terms:
@@ -99,15 +99,6 @@ def gradient_penalty(score: Score, real: Batch, fake: Batch) -> Tensor:
     t = torch.rand(len(real.images), 1, 1, 1, device=real.images.device, dtype=real.images.dtype)
     _, gradients = _differentiated(score, Batch(torch.lerp(fake.images, real.images, t), real.labels))
     return (gradients.flatten(1).norm(dim=1) - 1).square().mean()
-
-
-def r1_penalty(score: Score, real: Batch) -> Tensor:
-    """``mean(||∇D(real)||₂²)``."""
-    return _mean_square(_differentiated(score, real)[1])
-
-
-def _mean_square(gradients: Tensor) -> Tensor:
-    return gradients.square().flatten(1).sum(1).mean()
 
 
 def _differentiated(score: Score, batch: Batch) -> tuple[Tensor, Tensor]:

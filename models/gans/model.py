@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,11 @@ class Gan(nn.Module):
     def kind(cls) -> str:
         """Of its checkpoints."""
         return f"gdl_kernels.{cls.name}.1"
+
+    def placed(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Gan:
+        """On a device, its weights as :func:`memory_format` has them there."""
+        there: Any = {"device": device, "dtype": dtype, "memory_format": memory_format(device)}
+        return self.to(**there)
 
     def stage_at(self, shown: int, recipe: Recipe) -> Stage:
         """The stage of the step that comes after the discriminator was shown ``shown`` real images."""

@@ -116,8 +116,7 @@ class Training:
     def __init__(self, gan: Gan, recipe: Recipe, device: str = "cpu") -> None:
         if recipe.precision == "float16" and not device.startswith("cuda"):
             raise ValueError(f"precision must not be float16 on {device}: its loss scaling is for CUDA")
-        self.gan = gan.to(device=device, memory_format=memory_format(device)).train()
-        self.recipe, self.device = recipe, torch.device(device)
+        self.gan, self.recipe, self.device = gan.placed(device).train(), recipe, torch.device(device)
         self.ema = AveragedModel(gan.generator, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
         self.ema.requires_grad_(False).eval()
         self.ranks = Ranks.current()
@@ -401,4 +400,4 @@ def load_model(gan: type[Gan], path: Path, device: str = "cpu") -> Gan:
         model.stage = Stage(**about["stage"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: its stage is damaged ({error})") from error
-    return model.to(device=device, memory_format=memory_format(device)).requires_grad_(False).eval()
+    return model.placed(device).requires_grad_(False).eval()

@@ -1,8 +1,8 @@
 """A convolution and a leaky ReLU that are cheap to differentiate twice, as gradient penalties do.
 
-A convolution is linear in its images and in its weights, so all its gradients, of any order, are the same three products
-of the two: itself, its gradient by the images and that by the weights. Torch computes the weights' part of a second
-gradient as a convolution of images with images as large, which takes several times as long and copies both.
+A convolution is linear in its images and in its weights, so all its gradients, of any order, are of three kinds: itself,
+its gradient by the images, and that by the weights. Torch computes the weights' part of a second gradient as a
+convolution of images with images as large, which takes several times as long as the third kind, and copies both.
 """
 
 from __future__ import annotations
@@ -34,9 +34,17 @@ def towards_images() -> Iterator[None]:
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, padding: int = 0) -> Tensor:
     """``F.conv2d``, differentiable without limit; within :func:`towards_images` by products of its own."""
+    x = _sorted(x, weight)
     if _towards_images:
         return _Convolution.apply(x, weight, bias, stride, padding)
     return F.conv2d(x, weight, bias, stride, padding)
+
+
+def _sorted(x: Tensor, weight: Tensor) -> Tensor:
+    """Nobody can tell how images of one channel lie, nor 1×1 weights of one; then torch makes no channels last."""
+    if x.is_cpu and weight[0].numel() == 1:
+        return x.to(memory_format=torch.channels_last)
+    return x
 
 
 class _Convolution(torch.autograd.Function):
@@ -69,7 +77,8 @@ class _ByImages(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         grad, weight = ctx.saved_tensors
-        return _Convolution.apply(v, weight, None, *ctx.call), _ByWeights.apply(grad, v, weight, *ctx.call), *[None] * 3
+        of_grad = _Convolution.apply(_sorted(v, weight), weight, None, *ctx.call)
+        return of_grad, _ByWeights.apply(grad, v, weight, *ctx.call), *[None] * 3
 
 
 class _ByWeights(torch.autograd.Function):

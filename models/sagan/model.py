@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +89,7 @@ class Generator(nn.Module):
             x = block(x, labels)
             if str(place) in self.attention:
                 x = self.attention[str(place)](x)
-        return self.last(F.relu(self.norm(x))).tanh()
+        return self.last(F.relu_(self.norm(x))).tanh()
 
 
 class Discriminator(nn.Module):
@@ -136,9 +136,9 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         condition = () if labels is None else (labels,)
-        first = self.convolutions[0]
-        h = conv_of_upsampled(F.relu(self.norms[0](x, *condition)), first.weight, first.bias)
-        h = F.relu(self.norms[1](h, *condition))
+        first: Any = self.convolutions[0]
+        h = conv_of_upsampled(F.relu_(self.norms[0](x, *condition)), first.weight, first.bias)
+        h = F.relu_(self.norms[1](h, *condition))
         # A 1×1 convolution before the repetition of pixels is that after it, at a quarter of the cost.
         return self.convolutions[1](h) + upsample(self.shortcut(x))
 
@@ -157,7 +157,8 @@ class DownBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.convolutions[0](x if self.first else F.relu(x))
-        h, second = F.relu(h), self.convolutions[1]
+        h = F.relu_(h)
+        second: Any = self.convolutions[1]
         if not self.halve:
             return second(h) + self.shortcut(x)
         # Means of pixels before a 1×1 convolution are those after it, at a quarter of the cost.
