@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from . import diff, models, ops, record
+from . import diff, figures, models, ops, record
 from .cases import Benchmark
 from .machine import machine
 from .results import Bar, Result
@@ -22,6 +22,8 @@ from .tables import bars_table, changes_table, result_table
 from .timing import FULL, QUICK
 
 app = typer.Typer(add_completion=False)
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def names(package: ModuleType) -> list[str]:
@@ -102,7 +104,7 @@ def show_difference(before: Path, after: Path) -> None:
     Runs of one machine are compared by their times, runs of two by each row's share of its own machine's ceiling.
     """
     try:
-        runs = diff.read(before), diff.read(after)
+        runs = record.read(before), record.read(after)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     console = _console()
@@ -117,6 +119,27 @@ def show_difference(before: Path, after: Path) -> None:
     console.print(changes_table(diff.changes(*runs), rows))
 
 
+@app.command("figures")
+def write_figures(
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; exit with 1 where a figure differs.")] = False,
+) -> None:
+    """Write the figures in README.md and docs anew, from the files in benchmarks/results."""
+    console = _console()
+    try:
+        differences = figures.differences(ROOT) if check else []
+        changed = [] if check else figures.rewrite(ROOT)
+    except ValueError as error:
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    for difference in differences:
+        console.print(str(difference), markup=False, soft_wrap=True)
+    for path in changed:
+        console.print(f"written: {path.relative_to(ROOT)}", soft_wrap=True)
+    if differences:
+        console.print("`python -m benchmarks figures` writes them anew.")
+        raise typer.Exit(1)
+
+
 @app.command("page")
 def write_page(
     runs: Annotated[list[Path], typer.Argument(help="What --json wrote.")],
@@ -127,7 +150,7 @@ def write_page(
     from .page import write
 
     try:
-        write(out, [(path.stem, diff.read(path)) for path in runs], picture or [])
+        write(out, [(path.stem, record.read(path)) for path in runs], picture or [])
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     _console().print(f"to look at: {out}", soft_wrap=True)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
-
-from .record import SCHEMA
 
 #: A smaller change than this is none, however steady both runs were: one build, run twice, differs by as much.
 LEAST_CHANGE = 0.05
@@ -40,24 +36,6 @@ class Change:
     before: float | str
     after: float | str
     better: bool
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A run's JSON.
-
-    Raises:
-        ValueError: naming the file, if it can't be read or is no run of this schema.
-    """
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: can't be read ({error.strerror})") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    schema = run.get("schema") if isinstance(run, dict) else None
-    if schema != SCHEMA:
-        raise ValueError(f"{path}: not a run of `python -m benchmarks`: its schema must be {SCHEMA}, got {schema!r}")
-    return run
 
 
 def same_machine(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:

@@ -20,7 +20,9 @@ from pathlib import Path
 
 import torch
 
-from .machine import commit, versions
+from models.checkout import commit
+
+from .machine import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable

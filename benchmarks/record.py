@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from models.atomic import replacing
+from models.checkout import commit
 
-from .machine import commit, machine, versions
+from .machine import machine, versions
 from .results import Bar, Result, Row
 
 #: Raised when a reader of older files would misread a newer one.
@@ -59,3 +60,30 @@ def write(path: Path, run: dict[str, Any]) -> None:
     text = json.dumps(run, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """What is in a file. Raises a ValueError, naming the file, if it can't be read or is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: can't be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+
+
+def checked(path: Path, found: Any) -> dict[str, Any]:
+    """``found``, if it is a run of this schema. Raises a ValueError, naming the file, if it is not."""
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path}: not a run of `python -m benchmarks`: its schema must be {SCHEMA}, got {schema!r}")
+    return found
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A run's JSON.
+
+    Raises:
+        ValueError: naming the file, if it can't be read or is no run of this schema.
+    """
+    return checked(path, read_json(path))

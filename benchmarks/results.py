@@ -21,6 +21,7 @@ class Row:
         error: the largest error against float64, as a share of what is allowed.
         samples_ms: milliseconds a call, one sample a round. Empty unless the status is ``timed``.
         peak_bytes: growth of memory over one call, at its highest; None where it can't be measured.
+        launches: kernels that one call starts on a GPU; None on a CPU.
     """
 
     contestant: str
@@ -34,6 +35,7 @@ class Row:
     error: float | None = None
     samples_ms: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
+    launches: int | None = None
 
     @property
     def median_ms(self) -> float | None:

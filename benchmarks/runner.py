@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .cases import Case, Contestant, Inputs, Task
 from .correctness import Outputs, error_share
+from .launches import launches
 from .memory import peak_growth
 from .results import Result, Row
 from .timing import Call, Plan, by_turns
@@ -19,7 +20,8 @@ def run(op: str, case: Case, plan: Plan, say: Callable[[str], None] = lambda _: 
     """Measure one case.
 
     Every contestant first computes the first set of inputs, which is compared with float64 and compiles whatever
-    compiles; then memory is measured over one call; those that were right are then timed by turns with the ceiling.
+    compiles; then memory, and on a GPU what is launched, are measured over one call; those that were right are then
+    timed by turns with the ceiling.
     """
     generator = torch.Generator(case.device)
     seed = generator.seed()
@@ -90,6 +92,7 @@ def _examine(contestant: Contestant, case: Case, inputs: Inputs, answers: dict[T
         return row
     del outputs
     row.peak_bytes = peak_growth(lambda: contestant.function(*prepared), case.device)
+    row.launches = launches(lambda: contestant.function(*prepared), case.device)
     return row
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 from rich import box
 from rich.markup import escape
@@ -11,17 +12,22 @@ from rich.table import Table
 from .diff import Change
 from .results import Bar, Result, Row
 
-_NOTHING = "–"
+#: Where there is no figure.
+NOTHING = "–"
 
 
 def result_table(result: Result) -> Table:
     table = _table(f"{result.op}: {result.case}\n[not bold]{escape(result.shape)}")
     table.add_column("contestant")
-    for heading in ("ms (quartiles)", "rate", "of ceiling", "ours faster", "memory"):
+    headings = ["ms (quartiles)", "rate", "of ceiling", "ours faster", "memory"]
+    if any(row.launches is not None for row in result.rows):
+        headings.append("launches")
+    for heading in headings:
         table.add_column(heading, justify="right")
-    table.add_row(*_cells(result, result.ceiling), style="dim", end_section=True)
+    columns = 1 + len(headings)
+    table.add_row(*_cells(result, result.ceiling)[:columns], style="dim", end_section=True)
     for row in result.rows:
-        table.add_row(*_cells(result, row), style="green" if row.ours else None)
+        table.add_row(*_cells(result, row)[:columns], style="green" if row.ours else None)
     table.caption = "\n".join(note for row in result.rows if (note := _note(row)))
     return table
 
@@ -35,7 +41,7 @@ def bars_table(bars: Sequence[Bar]) -> Table:
     for bar in bars:
         verdict = {True: "[green]met", False: "[red]missed", None: "[yellow]not measured"}[bar.met]
         asked = f"{'≤' if bar.at_most else '≥'} {bar_value(bar.unit, bar.asked)}"
-        measured = _NOTHING if bar.measured is None else bar_value(bar.unit, bar.measured)
+        measured = NOTHING if bar.measured is None else bar_value(bar.unit, bar.measured)
         table.add_row(bar.claim, asked, measured, verdict)
     return table
 
@@ -74,16 +80,17 @@ def _name(row: Row) -> str:
 
 def _cells(result: Result, row: Row) -> list[str]:
     median, quartiles = row.median_ms, row.quartiles_ms
-    time = _NOTHING if median is None else _ms(median)
+    time = NOTHING if median is None else _ms(median)
     if quartiles is not None:
         time += f" ({_ms(quartiles[0])}–{_ms(quartiles[1])})"
     return [
         _name(row),
         time,
         bandwidth(row.bytes_per_s) if result.bound_by_bytes else rate(row.flops_per_s),
-        _show(result.share_of_ceiling(row), "{:.0%}"),
-        _NOTHING if row.ours or row is result.ceiling else _show(result.speed_up(row), "{:.2f}×"),
-        _show(None if row.peak_bytes is None else row.peak_bytes / 2**20, "{:,.0f} MiB"),
+        _show(result.share_of_ceiling(row), share),
+        NOTHING if row.ours or row is result.ceiling else _show(result.speed_up(row), times),
+        _show(row.peak_bytes, mebibytes),
+        _show(row.launches, str),
     ]
 
 
@@ -99,19 +106,43 @@ def _note(row: Row) -> str:
     return f"* {row.contestant}: a yardstick, it computes another function" if row.yardstick else ""
 
 
+def three_digits(value: float) -> str:
+    """``0.252``, ``47.6``, ``968``: no fewer digits than three, and no more of a fraction."""
+    value = float(f"{value:.3g}") if abs(value) < 1000 else value
+    before_the_point = math.floor(math.log10(abs(value))) + 1 if value else 1
+    return f"{value:,.{max(0, 3 - before_the_point)}f}"
+
+
+def duration(ms: float) -> str:
+    return f"{three_digits(ms)} ms" if ms < 999.5 else f"{three_digits(ms / 1e3)} s"
+
+
+def times(ratio: float) -> str:
+    return f"{three_digits(ratio) if ratio >= 10 else f'{ratio:.2f}'}×"
+
+
+def share(value: float) -> str:
+    return f"{value:.0%}"
+
+
+def mebibytes(size: float) -> str:
+    return f"{size / 2**20:,.0f} MiB"
+
+
 def rate(flops_per_s: float | None) -> str:
     if flops_per_s is None:
-        return _NOTHING
-    return f"{flops_per_s / 1e12:.3g} TFLOP/s" if flops_per_s >= 1e12 else f"{flops_per_s / 1e9:.3g} GFLOP/s"
+        return NOTHING
+    scale, unit = (1e12, "TFLOP/s") if flops_per_s >= 1e12 else (1e9, "GFLOP/s")
+    return f"{three_digits(flops_per_s / scale)} {unit}"
 
 
 def bandwidth(bytes_per_s: float | None) -> str:
-    return _show(None if bytes_per_s is None else bytes_per_s / 1e9, "{:.3g} GB/s")
+    return NOTHING if bytes_per_s is None else f"{three_digits(bytes_per_s / 1e9)} GB/s"
 
 
 def bar_value(unit: str, value: float) -> str:
     return f"{value:.0%}" if unit == "%" else f"{value:.2f}{unit}"
 
 
-def _show(value: float | None, form: str) -> str:
-    return _NOTHING if value is None else form.format(value)
+def _show(value: float | None, form: Callable[[float], str]) -> str:
+    return NOTHING if value is None else form(value)

@@ -7,6 +7,7 @@ import re
 import signal
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from typer import Option
 
 from . import compare, report
 from .atomic import replacing, writable
+from .checkout import commit
 from .training import Run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -179,7 +181,9 @@ def compare_and_show(
     report.show(comparison, console, title.format(parameters=f"{report.count(comparison.parameters)} parameters"))
     if json_path is not None:
         with replacing(json_path) as temporary:
-            temporary.write_text(json.dumps({**about, **comparison.as_json()}, indent=2) + "\n")
+            date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            written = {**about, "date": date, **commit(), **comparison.as_json()}
+            temporary.write_text(json.dumps(written, indent=2) + "\n")
         console.print(f"figures in {json_path}", soft_wrap=True)
     if not comparison.agree:
         raise typer.Exit(1)

@@ -17,6 +17,7 @@ from ..ceilings import matrix_product
 from ..images import EAGER, FORWARD, TRAINING, ImageOp, case, is_of, over
 from ..passes import Passes
 from ..results import Bar, Result
+from ..sdpa import by_kernel
 
 SDPA = "SDPA"
 
@@ -57,11 +58,11 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
             continue
         for dtype in (torch.float32, torch.bfloat16):
             for passes in (FORWARD, TRAINING):
-                yield attention_case(name, size, dtype, device, passes)
+                yield attention_case(name, size, dtype, device, passes, quick=quick)
 
 
 def attention_case(
-    name: str, size: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, passes: Passes
+    name: str, size: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, passes: Passes, *, quick: bool
 ) -> Case:
     batch, channels, value_channels, side = size
     shapes = [(batch, c, side, side) for c in (channels, channels, value_channels)]
@@ -72,11 +73,12 @@ def attention_case(
     products = passes.forward * (channels + value_channels) + passes.backward * (3 * channels + 2 * value_channels)
     task = made.task
     *others, ours = made.contestants
+    kernels = [passes.contestant(*rival) for rival in by_kernel(SDPA, sdpa, device)]
     return replace(
         made,
         name=f"{passes.name}, {made.name.split(', ', 1)[1]}, {name}",
         task=Task(task.truth, task.plain, flops=2.0 * pairs * products, bytes=task.bytes),
-        contestants=[*others, passes.contestant(SDPA, sdpa), ours],
+        contestants=[*others, *(kernels[:1] if quick else kernels), ours],
         ceiling=matrix_product,
     )
 

@@ -1,9 +1,9 @@
 // Forward pass of block-sparse attention for a few queries: decoding with a cache.
 //
-// Nothing is packed: keys and values are read once, from where they lie, which is what it costs. A task is a range of
-// the kept keys of one line of the layout, for the queries of one key head that are in that line; its partial result, a
-// row's maximum, sum and output, is merged with the others of that row. The ranges hang on the layout alone, so that
-// any number of threads gives the same bits.
+// Nothing is packed: keys and values that a query keeps are read once, from where they lie, which is what it costs; of
+// a partial block the others are not read. A task is a range of the kept blocks of one line of the layout, for the
+// queries of one key head that are in that line; its partial result, a row's maximum, sum and output, is merged with
+// the others of that row. The ranges hang on the layout alone, so that any number of threads gives the same bits.
 #include <algorithm>
 #include <vector>
 
@@ -17,6 +17,8 @@ namespace {
 constexpr std::int64_t kKeysOfTask = 2048;
 // Rows that every query of a task uses before the next ones are looked at.
 constexpr int kRowsInCache = 64;
+// Keys are padded to a multiple of this with rows of zeros: every vector's width divides it.
+constexpr int kKeysPadded = 16;
 
 // Rows of keys or values, a pointer to each, and what comes after them, which is fetched meanwhile: alone, neither the
 // products nor the memory would be busy all the time.
@@ -157,7 +159,6 @@ void decode(const Attention& call, const Strided& query, const Strided& key, con
   using T = accumulator_t<E>;
   const Geometry geometry(call);
   const int tile = geometry.tile, head_dim = padded<T>(call.head_dim), value_dim = padded<T>(call.value_dim);
-  const int tiles_at_once = kKeysAtOnce / tile;
   const T scale = static_cast<T>(call.scale * kLog2E);
   const std::vector<DecodedLine> lines = decoded_lines(call, geometry);
 
@@ -174,8 +175,12 @@ void decode(const Attention& call, const Strided& query, const Strided& key, con
   const PartialResults<T> parts{rows, make_buffer<T>(call.batch * rows), make_buffer<T>(call.batch * rows),
                                 make_buffer<T>(call.batch * rows * value_dim)};
 
+  // Keys that one of the line's queries keeps: as many whole tiles' as there is room for.
   struct Part {
-    int keys, tiles;
+    std::int64_t end;  // of its tiles
+    int keys;
+    bool all_kept;                      // by every query
+    std::uint64_t queries[kKeysAtOnce];  // bit i: query i keeps the key
     std::int64_t positions[kKeysAtOnce];
     const E *key_rows[kKeysAtOnce], *value_rows[kKeysAtOnce];
   };
@@ -189,7 +194,7 @@ void decode(const Attention& call, const Strided& query, const Strided& key, con
     Scratch s{make_buffer<T>(kMaxTile * head_dim),
               make_buffer<T>(kMaxTile * kScoresStride),
               make_buffer<T>(kRowsInCache * std::max(head_dim, value_dim)),
-              make_buffer<T>(call.dropout_p > 0 ? tile : 0),
+              make_buffer<T>(call.dropout_p > 0 ? kMaxTile : 0),
               {},
               make_buffer<E>(std::max(head_dim, value_dim)),
               {}};
@@ -218,17 +223,31 @@ void decode(const Attention& call, const Strided& query, const Strided& key, con
     const bool keys_in_place = as_they_are && key.feature == 1 && call.head_dim == head_dim;
     const bool values_in_place = as_they_are && value.feature == 1 && call.value_dim == value_dim;
 
+    const std::uint64_t every_query = ~std::uint64_t{0} >> (kMaxTile - queries);
     const auto find_keys = [&](std::int64_t begin, Part& part) {
-      part.tiles = static_cast<int>(std::min<std::int64_t>(tiles_at_once, task.end - begin));
-      part.keys = part.tiles * tile;
-      for (int k = 0; k < part.tiles; ++k) {
-        const std::int64_t block = call.rows.blocks[(begin + k) / geometry.tiles_per_block];
-        const std::int64_t place = block * call.block_size + (begin + k) % geometry.tiles_per_block * tile;
-        if (call.order == nullptr && place + tile <= call.n_k)
-          for (int j = 0; j < tile; ++j) part.positions[k * tile + j] = place + j;
-        else
-          for (int j = 0; j < tile; ++j) part.positions[k * tile + j] = key_at(call, line.head, place + j);
+      part.keys = 0;
+      for (part.end = begin; part.end < task.end && part.keys + tile <= kKeysAtOnce; ++part.end) {
+        const std::int64_t entry = part.end / geometry.tiles_per_block;
+        const std::int64_t first = part.end % geometry.tiles_per_block * tile;
+        const std::int64_t place = std::int64_t(call.rows.blocks[entry]) * call.block_size + first;
+        const std::int32_t* mask =
+            entry < call.rows.splits[line.line]
+                ? nullptr
+                : call.mask_table + std::int64_t(call.rows.masks[entry]) * call.block_size * geometry.words;
+        for (int j = 0; j < tile; ++j) {
+          std::uint64_t kept = mask == nullptr ? every_query : 0;
+          for (int i = 0; mask != nullptr && i < queries; ++i) {
+            const auto word = static_cast<std::uint32_t>(mask[line.bit_rows[i] * geometry.words + (first + j) / 32]);
+            kept |= std::uint64_t{word >> ((first + j) % 32) & 1} << i;
+          }
+          if (kept == 0) continue;
+          part.queries[part.keys] = kept;
+          part.positions[part.keys++] = key_at(call, line.head, place + j);
+        }
       }
+      part.all_kept = std::all_of(part.queries, part.queries + part.keys, [&](auto q) { return q == every_query; });
+      for (; part.keys % kKeysPadded != 0; ++part.keys, part.all_kept = false)
+        part.queries[part.keys] = 0, part.positions[part.keys] = -1;
       const auto rows_of = [&](const Strided& x, const E** to) {
         const E* first = static_cast<const E*>(x.data) + batch * x.batch + line.kv_head * x.head;
         for (int j = 0; j < part.keys; ++j)
@@ -261,26 +280,23 @@ void decode(const Attention& call, const Strided& query, const Strided& key, con
         work(RowPointers<T>{s.wide_rows, here, width}, first, next);
       }
     };
+    int parity = 0;
     if (task.begin < task.end) find_keys(task.begin, s.parts[0]);
-    for (std::int64_t begin = task.begin; begin < task.end; begin += tiles_at_once) {
-      const auto parity = (begin - task.begin) / tiles_at_once % 2;
+    for (std::int64_t begin = task.begin; begin < task.end; begin = s.parts[parity].end, parity = 1 - parity) {
       const Part& part = s.parts[parity];
       Part& next = s.parts[1 - parity];
       const int keys = part.keys;
+      if (keys == 0) break;  // none of the task's
       for_rows(key, keys_in_place, part.key_rows, keys, call.head_dim, part.value_rows, keys, value_dim,
                [&](const auto& these, int first, RowPointers<E> fetched) {
                  for (int i = 0; i < queries; ++i, fetched.count = 0)
                    scores_of_keys(these, s.queries.get() + i * head_dim, s.scores.get() + i * kScoresStride + first,
                                   fetched);
                });
-      for (int k = 0; k < part.tiles; ++k) {
-        const std::int64_t entry = (begin + k) / geometry.tiles_per_block;
-        if (entry >= call.rows.splits[line.line])
-          mask_scores(s.scores.get() + k * tile, kScoresStride, queries, tile,
-                      call.mask_table + std::int64_t(call.rows.masks[entry]) * call.block_size * geometry.words,
-                      geometry.words, line.bit_rows.data(),
-                      static_cast<int>((begin + k) % geometry.tiles_per_block) * tile);
-      }
+      for (int i = 0; i < queries && !part.all_kept; ++i)
+        for (int j = 0; j < keys; ++j)
+          if ((part.queries[j] >> i & 1) == 0)
+            s.scores.get()[i * kScoresStride + j] = -std::numeric_limits<T>::infinity();
       if (call.key_padding_mask != nullptr) {
         T bias[kKeysAtOnce];
         for (int j = 0; j < keys; ++j)
@@ -288,17 +304,16 @@ void decode(const Attention& call, const Strided& query, const Strided& key, con
         add_bias(s.scores.get(), kScoresStride, queries, keys, bias);
       }
       softmax_step(s.scores.get(), kScoresStride, queries, keys, maxima, sums, sum_out, value_dim);
-      if (call.dropout_p > 0)
-        for (int i = 0; i < queries; ++i)
-          for (int k = 0; k < part.tiles; ++k) {
-            const std::int64_t position = call.query_start + line.queries[i];
-            T* weights = s.scores.get() + i * kScoresStride + k * tile;
-            dropout_multipliers(call, batch, line.heads[i], &position, 1, part.positions + k * tile, tile, T(1),
-                                s.kept.get(), tile);
-            multiply(weights, kScoresStride, s.kept.get(), tile, 1, tile);
-          }
-      const bool more = begin + tiles_at_once < task.end;
-      if (more) find_keys(begin + tiles_at_once, next);
+      for (int i = 0; i < queries && call.dropout_p > 0; ++i)
+        for (int first = 0; first < keys; first += kMaxTile) {
+          const std::int64_t position = call.query_start + line.queries[i];
+          const int here = std::min(kMaxTile, keys - first);
+          dropout_multipliers(call, batch, line.heads[i], &position, 1, part.positions + first, here, T(1),
+                              s.kept.get(), here);
+          multiply(s.scores.get() + i * kScoresStride + first, kScoresStride, s.kept.get(), here, 1, here);
+        }
+      const bool more = part.end < task.end;
+      if (more) find_keys(part.end, next);
       for_rows(value, values_in_place, part.value_rows, keys, call.value_dim, next.key_rows, more ? next.keys : 0,
                head_dim, [&](const auto& these, int first, RowPointers<E> fetched) {
                  for (int i = 0; i < queries; ++i, fetched.count = 0)

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from benchmarks import record
 from benchmarks.__main__ import app
-from benchmarks.diff import Change, changes, compared_rows, read, same_machine
+from benchmarks.diff import Change, changes, compared_rows, same_machine
+from benchmarks.record import read
 from benchmarks.results import Bar, Result, Row
 
 STEADY = [10.0 + 0.01 * i for i in range(-5, 6)]

@@ -21,6 +21,7 @@ from benchmarks.__main__ import app
 from benchmarks.cases import Case, Contestant, Task
 from benchmarks.ceilings import Ceiling, matrix_product, memory_read
 from benchmarks.correctness import error_share
+from benchmarks.launches import launches
 from benchmarks.memory import peak_growth
 from benchmarks.results import Bar, Result, Row, exponent, geometric_mean
 from benchmarks.runner import run
@@ -235,6 +236,22 @@ def test_peak_memory_sees_what_a_call_frees_again() -> None:
         if growth is None:
             pytest.skip("this system does not tell a process's peak memory")
         assert 47 << 20 <= growth <= 60 << 20
+
+
+def test_a_cpu_launches_nothing_and_its_table_has_no_such_column() -> None:
+    result = run("square", _tiny(Contestant("square", _square)), PLAN)
+    assert result.rows[0].launches is None
+    assert "launches" not in [column.header for column in result_table(result).columns]
+    result.rows[0].launches = 3
+    table = result_table(result)
+    assert table.columns[-1].header == "launches"
+    assert list(table.columns[-1].cells) == ["–", "3"]
+
+
+@pytest.mark.gpu
+def test_launches_are_what_the_gpu_ran() -> None:
+    x = torch.randn(16, device="cuda")
+    assert launches(lambda: x.sin().cos(), torch.device("cuda")) == 2
 
 
 def test_a_ceiling_of_memory_makes_every_rate_one_of_bytes() -> None:

@@ -51,6 +51,7 @@ def test_musenet_agrees_with_itself_in_plain_pytorch(tmp_path: Path) -> None:
     figures = json.loads(path.read_text())
     assert figures["agree"]
     assert figures["config"]["context"] == 256
+    assert {"date", "commit", "modified"} <= figures.keys()  # which the docs' tables tell
     served = figures["backends"]["sparse_attention"]
     kernels = served["reference"] != "chosen"
     assert list(figures["phases"]) == ["forward", "decoding", "training step"]

@@ -488,3 +488,16 @@ def test_a_cache_shorter_than_the_queries_reach() -> None:
     query, key = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 30, 8)
     with pytest.raises(ValueError, match="needs between 41 and 64 keys, got 30"):
         sparse_attention(query, key, key, layout, query_start=40)
+
+
+@pytest.mark.parametrize("n_q", [1, 3])
+def test_decoding_reads_no_key_that_it_does_not_keep(n_q: int) -> None:
+    """What else lies in a partial block goes nowhere, NaN too."""
+    layout = scattered(130, 100, 32)
+    query, key, value = torch.randn(1, 2, n_q, 16), torch.randn(1, 2, 100, 16), torch.randn(1, 2, 100, 16)
+    expected = sparse_attention(query, key, value, layout, query_start=77, backend="cpu")
+    kept = layout.to_mask()[..., 77 : 77 + n_q, :].any(-2).expand(2, -1)
+    assert not kept.all()
+    key[:, ~kept] = value[:, ~kept] = torch.nan
+    out = sparse_attention(query, key, value, layout, query_start=77, backend="cpu")
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)

@@ -24,7 +24,7 @@ OURS, EAGER, SDPA, RUNS = "gdl_kernels", "eager, masked", "SDPA, masked", "eager
 
 #: What ``python -m models compare musenet`` compares.
 USUAL = Config(len(CHORALES), context=4096, layers=2, heads=8, width=512)
-LONG = Config(len(CHORALES), context=65_536, layers=2, heads=4, width=128, stride=256, summary=16)
+LONG = Config(len(CHORALES), context=65_536, layers=2, heads=2, width=64, stride=256, summary=16)
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...cases import Case, Contestant, Inputs, Task, short
 from ...ceilings import memory_read
 from ...results import Bar, Result, curve, exponent
+from ...sdpa import by_kernel
 from .attention import in_chunks
 from .patterns import Pattern, causal, fixed, local
 from .problem import ours
@@ -75,7 +76,7 @@ def case(pattern: Pattern, block_size: int, step: Step, cached: int, dtype: torc
         device=device,
         inputs=functools.partial(_inputs, step, cached, dtype),
         task=Task(plain, plain, flops=4 * work * step.heads, bytes=kept_bytes),
-        contestants=[_sdpa(kept, cached, step), ours(layout, query_start=cached - 1)],
+        contestants=[*_sdpa(kept, cached, step), ours(layout, query_start=cached - 1)],
         ceiling=memory_read(kept_bytes, input_sets),
         input_sets=input_sets,
     )
@@ -96,7 +97,7 @@ def bars(results: Sequence[Result]) -> list[Bar]:
     return asked
 
 
-def _sdpa(kept: Tensor, cached: int, step: Step) -> Contestant:
+def _sdpa(kept: Tensor, cached: int, step: Step) -> list[Contestant]:
     """torch's attention over the kept keys alone: a view where they are the last ones, else gathered in every call."""
     last = kept[0] == cached - len(kept)
 
@@ -104,7 +105,7 @@ def _sdpa(kept: Tensor, cached: int, step: Step) -> Contestant:
         keys, values = (t[:, :, kept[0] :] if last else t.index_select(2, kept) for t in (key, value))
         return F.scaled_dot_product_attention(query, keys, values, enable_gqa=step.heads != step.kv_heads)
 
-    return Contestant("SDPA, kept keys", attention)
+    return [Contestant(*rival) for rival in by_kernel("SDPA, kept keys", attention, kept.device)]
 
 
 def _inputs(step: Step, cached: int, dtype: torch.dtype, generator: torch.Generator) -> Inputs:

@@ -16,10 +16,13 @@ from gdl_kernels.layouts import Layout
 
 from ...cases import Case, Contestant, Inputs, Task, short
 from ...passes import Passes
+from ...sdpa import by_kernel
 from .attention import compiled_flex, in_chunks, masked
 from .patterns import Pattern, causal
 
 OURS, FLEX, EAGER, SDPA = "gdl_kernels", "FlexAttention", "eager, masked", "SDPA, dense causal"
+
+_causal_sdpa = functools.partial(F.scaled_dot_product_attention, is_causal=True)
 
 
 @dataclass(frozen=True)
@@ -96,20 +99,25 @@ class Problem:
     def eager(self) -> Contestant:
         return self.mode.contestant(EAGER, masked(self._kept_pairs()))
 
-    def sdpa_masked(self) -> Contestant:
+    def sdpa_masked(self) -> list[Contestant]:
+        """With the pattern as a mask: by the kernel that torch takes, then by each."""
         attention = functools.partial(F.scaled_dot_product_attention, attn_mask=self._kept_pairs())
-        return self.mode.contestant("SDPA, masked", attention)
+        kernels = by_kernel("SDPA, masked", attention, self.device)
+        return [self.mode.contestant(name, function) for name, function in kernels]
 
-    def sdpa_dense(self, *, yardstick: bool) -> Contestant:
-        """Dense causal attention needs no mask and has the fastest kernel in torch: what it costs to keep everything.
+    def sdpa_dense(self) -> list[Contestant]:
+        """Without a mask, where all earlier keys are kept: by the kernel that torch takes, then by each."""
+        kernels = by_kernel(SDPA, _causal_sdpa, self.device)
+        return [self.mode.contestant(name, function) for name, function in kernels]
 
-        A yardstick where the pattern is another: its work is then counted over the pairs that it keeps.
+    def sdpa_yardstick(self) -> Contestant:
+        """Dense causal attention where the pattern is another: what torch's fastest kernel takes to keep everything.
+
+        Its work is counted over the pairs that it keeps.
         """
-        task = None
-        if yardstick:
-            dense, n = self.mode.of(in_chunks(causal().keep)), self.size.positions
-            task = Task(dense, dense, self._flops(n * (n + 1) / 2), self._bytes())
-        return self.mode.contestant(SDPA, functools.partial(F.scaled_dot_product_attention, is_causal=True), task)
+        dense, n = self.mode.of(in_chunks(causal().keep)), self.size.positions
+        task = Task(dense, dense, self._flops(n * (n + 1) / 2), self._bytes())
+        return self.mode.contestant(SDPA, _causal_sdpa, task)
 
     def _inputs(self, generator: torch.Generator) -> Inputs:
         shape = self.size.batch, self.size.heads, self.size.positions, self.size.head_dim
