@@ -1,8 +1,9 @@
 """A convolution and a leaky ReLU that are cheap to differentiate twice, as gradient penalties do.
 
-A convolution is linear in its images and in its weights, so all its gradients, of any order, are of three kinds: itself,
-its gradient by the images, and that by the weights. Torch computes the weights' part of a second gradient as a
-convolution of images with images as large, which takes several times as long as the third kind, and copies both.
+A convolution is linear in its images and in its weights, so all that its gradients are made of, to any order, is of
+three kinds: itself, its gradient by the images, and that by the weights. Torch computes the weights' part of a second
+gradient as a convolution of images with images as large, which takes several times as long as the third kind, and
+copies both.
 """
 
 from __future__ import annotations
