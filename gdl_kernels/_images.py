@@ -36,11 +36,15 @@ def empty_like(x: Tensor, channels: int | None = None) -> Tensor:
     """Memory for an output like ``x``, or with other channels: dense, channels last where ``x`` has them last."""
     if channels is None and x.is_contiguous():
         return torch.empty_like(x)
-    images, own, *pixels = x.shape
-    channels = own if channels is None else channels
-    if channels_last(x):
-        return x.new_empty(images, *pixels, channels).movedim(-1, 1)
-    return x.new_empty(images, channels, *pixels)
+    sizes = list(x.shape)
+    if channels is not None:
+        sizes[1] = channels
+    if not channels_last(x):
+        return x.new_empty(sizes)
+    strides, step = [1] * len(sizes), sizes[1]
+    for d in [*range(len(sizes) - 1, 1, -1), 0]:
+        strides[d], step = step, step * sizes[d]
+    return x.new_empty_strided(sizes, strides)  # no view, which autograd would not let anybody change in place
 
 
 def shape(x: Tensor) -> tuple[int, int, int]:

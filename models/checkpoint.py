@@ -109,13 +109,21 @@ def load_optimizer(
     Raises:
         ValueError: naming the file, if another parameter of the model has no state there.
     """
-    names = [name for name, _ in model.named_parameters()]
+    parameters = dict(model.named_parameters())
+    names = list(parameters)
     states: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(names))}
     index_of = {name: index for index, name in enumerate(names)}
     for name, tensor in tensors.items():
         parameter, _, key = name.rpartition(".")
         if parameter in index_of:
-            states[index_of[parameter]][key] = tensor
+            states[index_of[parameter]][key] = _laid_out_like(parameters[parameter], tensor)
     if empty := [name for name in names if not states[index_of[name]] and name not in unused]:
         raise ValueError(f"{path}: the optimiser's state is missing for {', '.join(empty[:3])}")
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _laid_out_like(parameter: Tensor, state: Tensor) -> Tensor:
+    """A state with its numbers where the parameter has its own: a fused optimiser walks both by address."""
+    if state.shape != parameter.shape:  # a count of steps
+        return state
+    return torch.empty_like(parameter, dtype=state.dtype, device=state.device).copy_(state)

@@ -7,6 +7,7 @@ of them: it commutes with nearest upsampling and with average pooling.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +15,9 @@ from torch.nn import functional as F
 
 from gdl_kernels.nn import ConditionalBatchNorm2d
 
+from ..gans.resampling import conv_of_upsampled, downsample, downsampled_conv, upsample
 from .conditioning import Affine
 from .config import REDUCTION
-
-
-def upsampled(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2, mode="nearest")
-
-
-def pooled(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, 2)
 
 
 class ConditionedConvolution(nn.Module):
@@ -43,8 +37,10 @@ class ConditionedConvolution(nn.Module):
         self.convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
 
     def forward(self, x: Tensor, affine: Affine) -> Tensor:
-        x = F.relu(self.norm.normalize(x, *affine))
-        return self.convolution(upsampled(x) if self.up else x)
+        x = F.relu_(self.norm.normalize(x, *affine))
+        if self.up:
+            return conv_of_upsampled(x, self.convolution.weight, self.convolution.bias)
+        return self.convolution(x)
 
 
 class GeneratorBlock(nn.Module):
@@ -64,7 +60,7 @@ class GeneratorBlock(nn.Module):
         h = x
         for layer, affine in zip(self.layers, affines):
             h = layer(h, affine)
-        return h + upsampled(self.shortcut(x))
+        return h + upsample(self.shortcut(x))
 
 
 class DeepGeneratorBlock(nn.Module):
@@ -90,7 +86,7 @@ class DeepGeneratorBlock(nn.Module):
         for layer, affine in zip(self.layers, affines):
             h = layer(h, affine)
         x = x[:, : self.outputs]
-        return h + (upsampled(x) if self.up else x)
+        return h + (upsample(x) if self.up else x)
 
 
 class DiscriminatorBlock(nn.Module):
@@ -108,9 +104,11 @@ class DiscriminatorBlock(nn.Module):
         self.shortcut = nn.Conv2d(inputs, outputs, 1) if down or inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.convolutions[0](x if self.first else F.relu(x))
-        h = self.convolutions[1](F.relu(h))
-        return (pooled(h) if self.down else h) + self.shortcut(pooled(x) if self.down else x)
+        h = F.relu_(self.convolutions[0](x if self.first else F.relu(x)))
+        second: Any = self.convolutions[1]
+        if self.down:
+            return downsampled_conv(h, second.weight, second.bias) + self.shortcut(downsample(x))
+        return second(h) + self.shortcut(x)
 
 
 class DeepDiscriminatorBlock(nn.Module):
@@ -133,9 +131,9 @@ class DeepDiscriminatorBlock(nn.Module):
         h = x
         for place, convolution in enumerate(self.convolutions):
             h = F.relu(h)
-            h = convolution(pooled(h) if self.down and place == 3 else h)
+            h = convolution(downsample(h) if self.down and place == 3 else h)
         if self.down:
-            x = pooled(x)
+            x = downsample(x)
         return h + (x if self.appended is None else torch.cat([x, self.appended(x)], 1))
 
 

@@ -66,7 +66,7 @@ class Generator(nn.Module):
             x = block(x, of_block)
             if self.attention is not None and place == self.attended:
                 x = self.attention(x)
-        return torch.tanh(self.to_image(F.relu(self.norm(x))))
+        return torch.tanh(self.to_image(F.relu_(self.norm(x))))
 
     def _embedded(self, classes: Tensor, count: int) -> Tensor:
         if not classes.is_floating_point():

@@ -13,7 +13,7 @@ from gdl_kernels._backends import Choices, Explanation, explain
 
 from ..compare import Problem
 from .data import Batch, Batches, open_images
-from .model import Config, Gan
+from .model import Config, Gan, memory_format
 
 
 def real_images(data: str, config: Config, batch: int, *, grey: bool, conditional: bool, seed: int) -> Batch:
@@ -39,11 +39,12 @@ def problem(
     """
     torch.manual_seed(seed)
     with gdl_kernels.backend("reference"):  # new spectral norms take steps of the power method: the same on both sides
-        model = gan(config).to(device=device, dtype=dtype).train()
+        model = gan(config).placed(device, dtype).train()
     latents = model.latents(len(real.images)).to(device=device, dtype=dtype)
     labels = model.labels(len(real.images))
     labels = None if labels is None else labels.to(device)
-    shown = Batch(real.images.to(device=device, dtype=dtype), None if real.labels is None else real.labels.to(device))
+    images = real.images.to(device, dtype, memory_format=memory_format(device))
+    shown = Batch(images, None if real.labels is None else real.labels.to(device))
 
     def forward() -> Tensor:
         torch.manual_seed(seed)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .resampling import conv_of_upsampled, downsampled_conv
+from .twice import conv2d
 
 #: He's gain: of a layer that a (leaky) ReLU follows.
 HE = math.sqrt(2)
@@ -64,14 +65,14 @@ class EqualizedConv2d(nn.Module):
             weight = weight * self.scale
         if downsampled:
             return downsampled_conv(x, weight, self.bias)
-        return F.conv2d(x, weight, self.bias, padding=self.weight.shape[-1] // 2)
+        return conv2d(x, weight, self.bias, padding=self.weight.shape[-1] // 2)
 
     def unscaled(self, x: Tensor, *, of_upsampled: bool = False) -> Tensor:
         """``(N, inputs, H, W)`` to ``(N, outputs, H, W)``, or twice these. ``of_upsampled`` is for 3×3."""
         bias = None if self.bias is None else self.bias / self.scale
         if of_upsampled:
             return conv_of_upsampled(x, self.weight, bias)
-        return F.conv2d(x, self.weight, bias, padding=self.weight.shape[-1] // 2)
+        return conv2d(x, self.weight, bias, padding=self.weight.shape[-1] // 2)
 
     def extra_repr(self) -> str:
         outputs, inputs, size, _ = self.weight.shape

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import Batch
+from .twice import towards_images
 
 Score = Callable[[Batch], Tensor]
 Terms = dict[str, Tensor]
@@ -83,9 +84,10 @@ class Logistic:
     gamma: float = 10.0
 
     def discriminator(self, score: Score, real: Batch, fake: Batch) -> Terms:
+        of_real, gradients = _differentiated(score, real)  # in one pass, which R1 needs in any case
         return {
-            "logistic": F.softplus(-score(real)).mean() + F.softplus(score(fake)).mean(),
-            "r1": self.gamma / 2 * r1_penalty(score, real),
+            "logistic": F.softplus(-of_real).mean() + F.softplus(score(fake)).mean(),
+            "r1": self.gamma / 2 * gradients.square().flatten(1).sum(1).mean(),
         }
 
     def generator(self, fake: Tensor) -> Terms:
@@ -96,19 +98,14 @@ def gradient_penalty(score: Score, real: Batch, fake: Batch) -> Tensor:
     """``mean((||∇D(mixed)||₂ - 1)²)`` between pairs of real and fake images, with the classes of the real ones."""
     # Drawn in float32 whatever the images are: one seed gives the same places in every dtype.
     t = torch.rand(len(real.images), 1, 1, 1, device=real.images.device).to(real.images.dtype)
-    norms = _gradients(score, Batch(torch.lerp(fake.images, real.images, t), real.labels)).flatten(1).norm(dim=1)
-    return (norms - 1).square().mean()
+    _, gradients = _differentiated(score, Batch(torch.lerp(fake.images, real.images, t), real.labels))
+    return (gradients.flatten(1).norm(dim=1) - 1).square().mean()
 
 
-def r1_penalty(score: Score, real: Batch) -> Tensor:
-    """``mean(||∇D(real)||₂²)``."""
-    return _gradients(score, real).square().flatten(1).sum(1).mean()
-
-
-def _gradients(score: Score, batch: Batch) -> Tensor:
-    """Of the scores with respect to the images, to be differentiated in turn."""
+def _differentiated(score: Score, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Scores, and their gradients with respect to the images, both to be differentiated."""
     images = batch.images.detach().requires_grad_()
-    with torch.autocast(images.device.type, enabled=False):
-        total = score(Batch(images, batch.labels)).sum()
-        (gradients,) = torch.autograd.grad(total, images, create_graph=True)
-    return gradients
+    with torch.autocast(images.device.type, enabled=False), towards_images():
+        scores = score(Batch(images, batch.labels))
+        (gradients,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
+    return scores, gradients

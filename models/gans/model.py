@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +116,11 @@ class Gan(nn.Module):
         """Of its checkpoints."""
         return f"gdl_kernels.{cls.name}.1"
 
+    def placed(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Gan:
+        """On a device, its weights as :func:`memory_format` has them there."""
+        there: Any = {"device": device, "dtype": dtype, "memory_format": memory_format(device)}
+        return self.to(**there)
+
     def stage_at(self, shown: int, recipe: Recipe) -> Stage:
         """The stage of the step that comes after the discriminator was shown ``shown`` real images."""
         return Stage(self.config.size, recipe.batch, (recipe.generator_rate, recipe.discriminator_rate))
@@ -189,6 +194,14 @@ class Gan(nn.Module):
 
         found: dict[str, Picture] = {"samples": samples, "interpolation": interpolation}
         return found | ({"truncation": truncation_sweep} if cls.truncates else {})
+
+
+def memory_format(device: torch.device | str) -> torch.memory_format:
+    """How weights and images are to lie in memory on a device; to be given to their ``to``.
+
+    On the CPU channels last: a convolution there sorts what lies otherwise on its way in and out.
+    """
+    return torch.channels_last if torch.device(device).type == "cpu" else torch.preserve_format
 
 
 def check_images(images: Tensor, channels: int, resolution: int) -> None:

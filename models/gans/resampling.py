@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .twice import conv2d
+
 
 def upsample(x: Tensor) -> Tensor:
     """Each pixel becomes four."""
@@ -28,7 +30,7 @@ def conv_of_upsampled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     of 256 to 128 at 16×16 (a Xeon with AVX-512, float32, 4 images).
     """
     if 4 * x.numel() < weight.numel():
-        return F.conv2d(upsample(x), weight, bias, padding=1)
+        return conv2d(upsample(x), weight, bias, padding=1)
     return F.conv_transpose2d(x, _neighbours_added(weight.flip(2, 3)).transpose(0, 1), bias, stride=2, padding=1)
 
 
@@ -39,8 +41,8 @@ def downsampled_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     to 256 at 16×16 (as above).
     """
     if x.numel() < weight.numel():
-        return downsample(F.conv2d(x, weight, bias, padding=1))
-    return F.conv2d(x, _neighbours_added(weight) / 4, bias, stride=2, padding=1)
+        return downsample(conv2d(x, weight, bias, padding=1))
+    return conv2d(x, _neighbours_added(weight) / 4, bias, stride=2, padding=1)
 
 
 def _neighbours_added(weight: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from .data import Batch, Batches, open_images
 from .frechet import DigitsJudge, Scores
 from .grids import LEGIBLE, tiled, write_pixels
 from .losses import Terms
-from .model import Config, Gan, Stage
+from .model import Config, Gan, Stage, memory_format
 from .pictures import drawn, ordered, samples_shape
 from .ranks import Ranks
 
@@ -116,7 +116,7 @@ class Training:
     def __init__(self, gan: Gan, recipe: Recipe, device: str = "cpu") -> None:
         if recipe.precision == "float16" and not device.startswith("cuda"):
             raise ValueError(f"precision must not be float16 on {device}: its loss scaling is for CUDA")
-        self.gan, self.recipe, self.device = gan.to(device).train(), recipe, torch.device(device)
+        self.gan, self.recipe, self.device = gan.placed(device).train(), recipe, torch.device(device)
         self.ema = AveragedModel(gan.generator, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
         self.ema.requires_grad_(False).eval()
         self.ranks = Ranks.current()
@@ -301,7 +301,8 @@ class Training:
 
     def _discriminator_terms(self, latents: Tensor, labels: Tensor | None) -> Terms:
         images, classes = next(self.batches)
-        real = Batch(images.to(self.device), classes.to(self.device) if self.gan.config.classes else None)
+        images = images.to(self.device, memory_format=memory_format(self.device))
+        real = Batch(images, classes.to(self.device) if self.gan.config.classes else None)
         with self._autocast():
             with torch.no_grad():
                 fake = self.gan.fakes(latents, labels)
@@ -399,4 +400,4 @@ def load_model(gan: type[Gan], path: Path, device: str = "cpu") -> Gan:
         model.stage = Stage(**about["stage"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: its stage is damaged ({error})") from error
-    return model.to(device).requires_grad_(False).eval()
+    return model.placed(device).requires_grad_(False).eval()

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gdl_kernels import minibatch_stddev, pixel_norm
 
@@ -23,6 +22,7 @@ from ..gans.growing import (
 from ..gans.losses import Wasserstein
 from ..gans.model import check_latents
 from ..gans.resampling import blur, downsample, upsample
+from ..gans.twice import leaky_relu_
 
 SLOPE = 0.2
 PIXEL_NORM_EPS = 1e-8
@@ -34,7 +34,7 @@ def normalized(convolution: EqualizedConv2d, x: Tensor, *, of_upsampled: bool = 
     Both are linear in a positive factor. So the scale of the convolution may be left out if pixel_norm's eps is divided
     by its square, and no pass over weights or images applies it.
     """
-    h = F.leaky_relu(convolution.unscaled(x, of_upsampled=of_upsampled), SLOPE)
+    h = leaky_relu_(convolution.unscaled(x, of_upsampled=of_upsampled), SLOPE)
     return pixel_norm(h, eps=PIXEL_NORM_EPS / convolution.scale**2)
 
 
@@ -84,7 +84,7 @@ class Generator(nn.Module):
         check_latents(latents, self.config.latent)
         resolution = check_growth(self.config, resolution, alpha)
         x = self.dense(pixel_norm(latents, eps=PIXEL_NORM_EPS)).unflatten(1, (-1, 4, 4))
-        x = pixel_norm(F.leaky_relu(x + self.bias[:, None, None], SLOPE), eps=PIXEL_NORM_EPS)
+        x = pixel_norm(leaky_relu_(x + self.bias[:, None, None], SLOPE), eps=PIXEL_NORM_EPS)
         x = normalized(self.conv, x)
         return grown(x, list(self.blocks), list(self.to_image), resolution, alpha)
 
@@ -111,8 +111,8 @@ class DiscriminatorBlock(nn.Module):
         self.conv1 = EqualizedConv2d(inputs, outputs, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.leaky_relu(self.conv0(x), SLOPE)
-        return F.leaky_relu(self.conv1(blur(x) if self.blurs else x, downsampled=True), SLOPE)
+        x = leaky_relu_(self.conv0(x), SLOPE)
+        return leaky_relu_(self.conv1(blur(x) if self.blurs else x, downsampled=True), SLOPE)
 
 
 class Discriminator(nn.Module):
@@ -150,12 +150,12 @@ class Discriminator(nn.Module):
             if index == newest - 1 and alpha != 1:
                 x = self._features(downsample(images), index).lerp(x, alpha)
         x = minibatch_stddev(x, group_size=self.config.group_size)
-        x = F.leaky_relu(self.conv(x), SLOPE)
-        x = F.leaky_relu(self.dense(x.flatten(1)), SLOPE)
+        x = leaky_relu_(self.conv(x), SLOPE)
+        x = leaky_relu_(self.dense(x.flatten(1)), SLOPE)
         return self.score(x).squeeze(1)
 
     def _features(self, images: Tensor, index: int) -> Tensor:
-        return F.leaky_relu(self.from_image[index](images), SLOPE)
+        return leaky_relu_(self.from_image[index](images), SLOPE)
 
 
 class Progan(GrowingGan):

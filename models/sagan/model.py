@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from gdl_kernels.nn import ConditionalBatchNorm2d, MinibatchSelfAttention2d
 
 from ..gans.losses import Hinge
 from ..gans.model import Config, Gan, check_images, check_labels, check_latents
+from ..gans.resampling import conv_of_upsampled, downsample, downsampled_conv, upsample
 from ..gans.training import Recipe
 
 #: Height and width at which the generator begins and the discriminator ends.
@@ -88,7 +89,7 @@ class Generator(nn.Module):
             x = block(x, labels)
             if str(place) in self.attention:
                 x = self.attention[str(place)](x)
-        return self.last(F.relu(self.norm(x))).tanh()
+        return self.last(F.relu_(self.norm(x))).tanh()
 
 
 class Discriminator(nn.Module):
@@ -135,10 +136,11 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         condition = () if labels is None else (labels,)
-        h = F.interpolate(F.relu(self.norms[0](x, *condition)), scale_factor=2)
-        h = F.relu(self.norms[1](self.convolutions[0](h), *condition))
+        first: Any = self.convolutions[0]
+        h = conv_of_upsampled(F.relu_(self.norms[0](x, *condition)), first.weight, first.bias)
+        h = F.relu_(self.norms[1](h, *condition))
         # A 1×1 convolution before the repetition of pixels is that after it, at a quarter of the cost.
-        return self.convolutions[1](h) + F.interpolate(self.shortcut(x), scale_factor=2)
+        return self.convolutions[1](h) + upsample(self.shortcut(x))
 
 
 class DownBlock(nn.Module):
@@ -155,11 +157,12 @@ class DownBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.convolutions[0](x if self.first else F.relu(x))
-        h = self.convolutions[1](F.relu(h))
-        if self.halve:
-            # Means of pixels before a 1×1 convolution are those after it, at a quarter of the cost.
-            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
-        return h + self.shortcut(x)
+        h = F.relu_(h)
+        second: Any = self.convolutions[1]
+        if not self.halve:
+            return second(h) + self.shortcut(x)
+        # Means of pixels before a 1×1 convolution are those after it, at a quarter of the cost.
+        return downsampled_conv(h, second.weight, second.bias) + self.shortcut(downsample(x))
 
 
 class Sagan(Gan):

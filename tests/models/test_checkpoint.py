@@ -62,3 +62,29 @@ def test_weights_of_another_model_are_refused(path: Path) -> None:
     with pytest.raises(ValueError, match=r"bias must have shape \(6,\), got \(5,\)"):
         checkpoint.load_weights(path, model, {"weight": tensors["weight"], "bias": torch.randn(5)})
     assert torch.equal(model.weight, before)
+
+
+def test_an_optimisers_state_lies_as_its_parameters_do(path: Path) -> None:
+    """A fused optimiser walks both by address: in another order each weight would get another's moments."""
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    images = torch.randn(2, 3, 5, 5)
+
+    def new() -> torch.optim.Optimizer:
+        return torch.optim.Adam(model.parameters(), fused=True)
+
+    def step(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+        optimizer.zero_grad()
+        model(images).square().sum().backward()
+        optimizer.step()
+        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    straight = new()
+    before = step(straight)
+    checkpoint.save(path, "kind.1", checkpoint.optimizer_tensors(model, straight), {})
+    expected = step(straight)
+    model.load_state_dict(before)
+    resumed = new()
+    checkpoint.load_optimizer(path, model, resumed, checkpoint.load(path, "kind.1")[0])
+    assert resumed.state[model.weight]["exp_avg"].stride() == model.weight.stride()
+    for name, parameter in step(resumed).items():
+        assert torch.equal(parameter, expected[name]), name

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import gdl_kernels
 from models.gans.comparison import problem, real_images
@@ -48,6 +50,31 @@ def test_a_run_grows_by_itself(gan: type[GrowingGan]) -> None:
     assert stages == [(small, 1.0), (small, 1.0), *grown]
     assert [f"grown to {large}×{large}" in line for line in said] == [False, False, True, *[False] * 4]
     assert run.shown == 28
+
+
+@both
+def test_images_stay_channels_last_from_end_to_end(gan: type[GrowingGan], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU: also those in one channel, of which torch can't tell how they lie."""
+    run = begun(gan)
+    seen: list[bool] = []
+    convolved = F.conv2d
+
+    def noted(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        y = convolved(x, *args, **kwargs)
+        if y.shape[1] > 1 and y.shape[2] > 1:
+            seen.append(y.is_contiguous(memory_format=torch.channels_last))
+        return y
+
+    monkeypatch.setattr(F, "conv2d", noted)
+    for _ in range(3):  # the last is of more pixels
+        run._train()
+    assert len(seen) > 50
+    assert all(seen)
+    for name, network in run.networks.items():
+        for parameter in network.parameters():
+            state = run.optimizers[name].state[parameter]
+            assert parameter.dim() < 4 or parameter.is_contiguous(memory_format=torch.channels_last)
+            assert all(s.stride() == parameter.stride() for s in state.values() if s.dim())
 
 
 @both

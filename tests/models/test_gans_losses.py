@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.gans.data import Batch
-from models.gans.losses import Hinge, Logistic, Loss, Wasserstein, gradient_penalty, r1_penalty
+from models.gans.losses import Hinge, Logistic, Loss, Wasserstein, gradient_penalty
 
 SHAPE = (3, 2, 4, 4)
 
@@ -69,9 +69,23 @@ def test_logistic() -> None:
     assert Logistic().generator(score(fake))["logistic"].item() == pytest.approx(expected)
 
 
+def test_r1_takes_no_pass_of_its_own() -> None:
+    real, fake = batches()
+    seen: list[Tensor | None] = []
+
+    def score(batch: Batch) -> Tensor:
+        seen.append(batch.labels)
+        return batch.images.square().sum((1, 2, 3))
+
+    terms = Logistic(gamma=2).discriminator(score, real, fake)
+    assert seen == [real.labels, fake.labels]
+    assert terms["r1"].item() == pytest.approx(4 * real.images.square().sum().item() / len(real.images))
+
+
 def test_penalties_reach_the_weights() -> None:
     score, (real, fake) = Linear(), batches()
-    (gradient,) = torch.autograd.grad(r1_penalty(score, real), score.weight)
+    r1 = Logistic(gamma=2).discriminator(score, real, fake)["r1"]
+    (gradient,) = torch.autograd.grad(r1, score.weight)
     torch.testing.assert_close(gradient, 2 * score.weight.detach())
     norm = score.weight.detach().norm()
     (gradient,) = torch.autograd.grad(gradient_penalty(score, real, fake), score.weight)

@@ -244,6 +244,21 @@ def test_output_is_laid_out_like_the_input(kernel: Kernel, memory_format: torch.
     assert dx.is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@for_each_kernel
+def test_output_may_be_changed_in_place(kernel: Kernel, memory_format: torch.memory_format) -> None:
+    """As by a ReLU after it."""
+    backend, device = kernel
+    x, gain, bias, *_ = case((2, 6, 5, 4), torch.float32, device)
+    x = x.detach().to(memory_format=memory_format).requires_grad_()
+    found = []
+    for relu in (F.relu, F.relu_):
+        y = relu(conditional_batch_norm(x, gain, bias, None, None, training=True, backend=backend))
+        found.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    for ours, expected in zip(*found):
+        assert torch.equal(ours, expected)
+
+
 @pytest.mark.skipif(INTERPRETING, reason="the interpreter computes addresses with Python's integers")
 @pytest.mark.parametrize("memory", ["contiguous", "channels last"])
 def test_offsets_beyond_32_bits(memory: str) -> None:
