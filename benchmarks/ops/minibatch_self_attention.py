@@ -72,11 +72,11 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
         for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
             for passes in (FORWARD, TRAINING):
                 yield attention_case(name, size, dtype, device, passes, quick=quick)
-    _, *channels, side = SIZES["SAGAN G"]
+    _, channels, value_channels, side = SIZES["SAGAN G"]
     for batch in QUICK_BATCHES if quick else BATCHES:
-        yield grown(_point((batch, *channels, side), device), "batch", batch)
+        yield grown(_point((batch, channels, value_channels, side), device), "batch", batch)
     for side in (QUICK_SIDES if quick else SIDES)[:-1]:  # eager PyTorch's map grows with the square of the pixels
-        yield grown(_point((1, *channels, side), device), "pixels", side**2)
+        yield grown(_point((1, channels, value_channels, side), device), "pixels", side**2)
 
 
 def _point(size: tuple[int, int, int, int], device: torch.device) -> Case:
