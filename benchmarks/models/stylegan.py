@@ -13,10 +13,9 @@ from .. import gans, model_cases
 from ..cases import Case
 from ..results import Bar, Result
 
-#: What ``python -m models compare stylegan`` compares, with half as many images, for in float64 they take time; and
-#: what ``train`` trains on digits unless it is told otherwise.
+#: What ``python -m models compare stylegan`` compares; and what ``train`` trains on digits unless it is told otherwise.
 VARIANTS = (
-    gans.variant(Stylegan, StyleganConfig(size=256, capacity=4096, widest=128), 4, asked=1.5),
+    gans.variant(Stylegan, StyleganConfig(size=256, capacity=4096, widest=128), 8, asked=1.5),
     gans.variant(Stylegan, TINY, 64, asked=1.5),
 )
 QUICK = (gans.variant(Stylegan, TINY, 8),)
