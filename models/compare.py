@@ -311,7 +311,6 @@ class _Side:
 
 def _serve(connection: Connection, build: Build, backend: str, device: str, path: Path) -> None:
     """What a side's process runs: answers each question with a result, or with the exception that it ended in."""
-    keep_freed_memory()
     try:
         with gdl_kernels.backend(backend):
             worker = _Worker(build(), device)
@@ -350,7 +349,12 @@ class _Worker:
         return self.run(question, *arguments)
 
     def run(self, phase: str, first: bool) -> tuple[float, int | None]:
-        """Seconds and peak memory of a phase. Of the first run, outputs and gradients are kept."""
+        """Seconds and peak memory of a phase. Of the first run, outputs and gradients are kept.
+
+        First runs give back what they free, so that their memory is what they need; others keep it, as training does.
+        """
+        if not first:
+            keep_freed_memory()
         self.memory.reset()
         self._synchronize()
         begin = time.perf_counter()
