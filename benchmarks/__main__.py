@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from models.memory import keep_freed_memory
+
 from . import diff, figures, models, ops, record
 from .cases import Benchmark
 from .machine import machine
@@ -92,6 +94,8 @@ def main(
         asked: list[Bar] = []
         share = deadline and (deadline - time.monotonic()) / (len(chosen) - place)
         until = share and time.monotonic() + share
+        if module.startswith(f"{models.__name__}."):
+            keep_freed_memory()  # as `python -m models` does
         try:
             benchmark = cast(Benchmark, importlib.import_module(module))
             with console.status("") as status:
