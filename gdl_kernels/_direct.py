@@ -20,12 +20,17 @@ from torch.nn import Parameter
 # Each of these is asked in every call.
 _is_compiling = torch.compiler.is_compiling
 _included = torch._C._dispatch_tls_local_include_set
+_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 _function_mode_is_on = torch._C._is_torch_function_mode_enabled
 _profiler_is_on = torch._C._autograd._profiler_enabled
+_has_memory = torch._C._has_storage
 
 #: What the dispatcher adds to the keys of a call's tensors while no mode, transform or tracer is on.
 _NOT_IN_INFERENCE = DispatchKeySet(DispatchKey.ADInplaceOrView).raw_repr()
 _NOTHING_ON = DispatchKeySet(DispatchKey.BackendSelect).raw_repr() | _NOT_IN_INFERENCE
+
+#: What the dispatcher leaves out of them in inference mode, and inside the kernel of an op, which gradients are above.
+_AUTOGRAD = DispatchKey.AutogradFunctionality
 
 #: Of a subclass, what an op does is the subclass's to say.
 _PLAIN = frozenset({Tensor, Parameter})
@@ -78,13 +83,14 @@ def direct(
             if type(tensor) not in _PLAIN:
                 return dispatched(*args)
             if tensor.is_floating_point():  # the many of a layout are not
-                if tensor.is_neg() or tensor._is_zerotensor():  # what it holds is not what is in its memory
+                # What it holds is not what is in its memory, or it has none: such outlive the transforms of torch.func.
+                if tensor.is_neg() or tensor._is_zerotensor() or not _has_memory(tensor):
                     return dispatched(*args)
                 wants_gradient = wants_gradient or tensor.requires_grad
         for place in floats:
             if type(args[place]) is not float:  # the dispatcher too makes it one
                 args = (*args[:place], float(args[place]), *args[place + 1 :])
-        if wants_gradient and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        if wants_gradient and torch.is_grad_enabled() and not _excluded(_AUTOGRAD):
             return with_gradient(*args)
         return implementation(*args)
 
@@ -125,16 +131,13 @@ def _differentiable_with_lists(
         save(ctx, args, out)
         flat_out, lists.outputs = _flattened(out if len(gives) > 1 else (out,), gives)
         ctx.lists = lists
+        needed = zip(_nested(ctx.needs_input_grad[1:], lists.args), lists.unseen)
+        ctx.needs_input_grad = tuple([needs if count is None else [False] * count for needs, count in needed])
         return tuple(flat_out)
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        lists, needed = ctx.lists, ctx.needs_input_grad
-        nested = zip(_nested(needed[1:], lists.args), lists.unseen)
-        ctx.needs_input_grad = tuple([needs if count is None else [False] * count for needs, count in nested])
-        try:
-            found = gradient(ctx, *_nested(grads, lists.outputs))
-        finally:
-            ctx.needs_input_grad = needed
+        lists = ctx.lists
+        found = gradient(ctx, *_nested(grads, lists.outputs))
         found = found if len(takes) > 1 else (found,)
         found = [grad if count is None else None for grad, count in zip(found, lists.unseen)]
         return None, *_flattened(found, [length is not None for length in lists.args])[0]

@@ -40,9 +40,10 @@ def _memory_order(weight: Tensor) -> list[int]:
 
 def empty_like(weight: Tensor) -> Tensor:
     """Memory for an output like ``weight``: dense, its dimensions after the first in the order in which they lie."""
-    order = [0, *_memory_order(weight)]
-    inverse = [order.index(d) for d in range(weight.dim())]
-    return weight.new_empty([weight.shape[d] for d in order]).permute(inverse)
+    strides, step = [1] * weight.dim(), 1
+    for d in [*reversed(_memory_order(weight)), 0]:
+        strides[d], step = step, step * weight.shape[d]
+    return weight.new_empty_strided(weight.shape, strides)  # no view, which nobody could change in place
 
 
 def flattened(weight: Tensor, like: Tensor | None = None) -> Tensor:

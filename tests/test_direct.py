@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import pytest
@@ -19,6 +21,7 @@ import gdl_kernels as gdl
 from gdl_kernels import _backends, _native
 from gdl_kernels._direct import direct
 from gdl_kernels.ops.pixel_norm import op
+from gdl_kernels.ops.spectral_normalize import op as spectral
 
 needs_cpu = pytest.mark.skipif(bool(_native.missing("cpu")), reason="no C++ kernels")
 
@@ -147,6 +150,27 @@ def test_tensors_without_memory_reach_no_kernel() -> None:
 
 
 @needs_cpu
+def test_a_tensor_that_outlived_its_transform_is_one() -> None:
+    kept: list[Tensor] = []
+
+    def doubled(x: Tensor) -> Tensor:
+        kept.append(x * 2)
+        return kept[0].sum()
+
+    x = images().requires_grad_()
+    torch.func.grad(doubled)(x)
+    assert torch.equal(gdl.pixel_norm(kept[0]), gdl.pixel_norm(x * 2))
+
+
+@needs_cpu
+def test_below_autograd_there_is_no_graph() -> None:
+    x = images().requires_grad_()
+    with torch._C._AutoDispatchBelowAutograd():  # as in the kernels of C++ ops
+        assert not x.mul(2).requires_grad
+        assert not gdl.pixel_norm(x).requires_grad
+
+
+@needs_cpu
 def test_a_sign_that_is_not_in_memory_counts() -> None:
     negated = torch.complex(images(), images()).conj().imag
     assert negated.is_neg()
@@ -191,6 +215,16 @@ def test_is_the_same_as_through_the_dispatcher(name: str) -> None:
             assert a.stride() == b.stride()
 
 
+@needs_cpu
+@pytest.mark.parametrize("name", sorted(_backends.ops()))
+def test_outputs_can_be_changed_in_place(name: str) -> None:
+    """Those of autograd's functions can't be where they are views of something that nobody sees."""
+    example = next(iter(_backends.ops()[name].examples()))
+    for out in tree_leaves(getattr(gdl, name)(*example.args, **example.kwargs, backend="cpu")):
+        assert out.requires_grad
+        out.mul_(2)
+
+
 def _detached(value: Any) -> Any:
     return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
 
@@ -207,3 +241,28 @@ def test_lists_of_which_some_tensors_require_a_gradient() -> None:
     out = gdl.spectral_normalize([w.detach() for w in weights], us, vs, update=False)
     torch.stack(out).square().sum().backward()
     assert us[0].grad is None
+
+
+@needs_cpu
+def test_two_threads_go_back_through_one_graph() -> None:
+    """Both are in the gradient at once, where each sees which of the weights need one."""
+    both, needed = threading.Barrier(2, timeout=60), []
+
+    def gradient(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        both.wait()
+        needed.append(ctx.needs_input_grad[0])
+        both.wait()
+        return spectral._gradient(ctx, *grads)
+
+    def implementation(*args: Any) -> Any:
+        return spectral.forward(*args)
+
+    call = direct(spectral.forward.dispatched, implementation, spectral._save, gradient)
+    weights = [torch.randn(4, 6, requires_grad=wanted) for wanted in (False, True)]
+    us, vs = ([torch.nn.functional.normalize(torch.randn(n), dim=0) for _ in weights] for n in (4, 6))
+    cost = torch.stack(call(weights, us, vs, 1, 1e-12, "torch", "cpu")[0]).square().sum()
+    with ThreadPoolExecutor(2) as pool:
+        going = [pool.submit(torch.autograd.grad, cost, weights[1], retain_graph=True) for _ in range(2)]
+        (first,), (second,) = (each.result() for each in going)
+    assert torch.equal(first, second)
+    assert needed == [[False, True]] * 2

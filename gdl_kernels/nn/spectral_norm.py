@@ -170,8 +170,19 @@ def _saved_as_they_are() -> Iterator[None]:
     if torch.compiler.is_compiling():
         yield
         return
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (x, x._version), _unchanged):
         yield
+
+
+def _unchanged(saved: tuple[Tensor, int]) -> Tensor:
+    """What autograd itself looks after where it has no hooks."""
+    x, version = saved
+    if x._version != version:
+        raise RuntimeError(
+            f"a tensor of shape {tuple(x.shape)} that the gradient of a spectral norm needs was changed in place after "
+            "the forward pass"
+        )
+    return x
 
 
 def _read_other_forms(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -98,7 +98,8 @@ def gradient_penalty(score: Score, real: Batch, fake: Batch) -> Tensor:
     """``mean((||∇D(mixed)||₂ - 1)²)`` between pairs of real and fake images, with the classes of the real ones."""
     # Drawn in float32 whatever the images are: one seed gives the same places in every dtype.
     t = torch.rand(len(real.images), 1, 1, 1, device=real.images.device).to(real.images.dtype)
-    _, gradients = _differentiated(score, Batch(torch.lerp(fake.images, real.images, t), real.labels))
+    mixed = torch.lerp(fake.images.to(real.images.dtype), real.images, t)  # autocast makes images of fewer bits
+    _, gradients = _differentiated(score, Batch(mixed, real.labels))
     return (gradients.flatten(1).norm(dim=1) - 1).square().mean()
 
 

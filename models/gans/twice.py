@@ -8,6 +8,7 @@ copies both.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_towards_images = False
+
+class _Region:
+    """What is inside one ``with towards_images()``. Gradients may be taken by threads of autograd's, so it is asked."""
+
+    open = True
+
+
+class _Here(threading.local):
+    region: _Region | None = None
+
+
+_here = _Here()
 
 
 @contextmanager
@@ -25,19 +37,20 @@ def towards_images() -> Iterator[None]:
 
     Only first gradients: those that are taken of a penalty, afterwards, have all their parts.
     """
-    global _towards_images
-    before, _towards_images = _towards_images, True
+    before, region = _here.region, _Region()
+    _here.region = region
     try:
         yield
     finally:
-        _towards_images = before
+        _here.region = before
+        region.open = False
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: int = 1, padding: int = 0) -> Tensor:
     """``F.conv2d``, differentiable without limit; within :func:`towards_images` by products of its own."""
     x = _sorted(x, weight)
-    if _towards_images:
-        return _Convolution.apply(x, weight, bias, stride, padding)
+    if _here.region is not None:
+        return _Convolution.apply(x, weight, bias, stride, padding, _here.region)
     return F.conv2d(x, weight, bias, stride, padding)
 
 
@@ -50,20 +63,23 @@ def _sorted(x: Tensor, weight: Tensor) -> Tensor:
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, region: _Region | None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.call = stride, padding
         ctx.biased = bias is not None
+        ctx.region = region
         return F.conv2d(x, weight, bias, stride, padding)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad_x = _ByImages.apply(grad, weight, x, *ctx.call) if ctx.needs_input_grad[0] else None
-        if _towards_images:
-            return grad_x, None, None, None, None
+        if ctx.region is not None and ctx.region.open:
+            return grad_x, *[None] * 5
         grad_weight = _ByWeights.apply(grad, x, weight, *ctx.call)
-        return grad_x, grad_weight, grad.sum((0, 2, 3)) if ctx.biased else None, None, None
+        return grad_x, grad_weight, grad.sum((0, 2, 3)) if ctx.biased else None, *[None] * 3
 
 
 class _ByImages(torch.autograd.Function):
@@ -78,7 +94,7 @@ class _ByImages(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         grad, weight = ctx.saved_tensors
-        of_grad = _Convolution.apply(_sorted(v, weight), weight, None, *ctx.call)
+        of_grad = _Convolution.apply(_sorted(v, weight), weight, None, *ctx.call, None)
         return of_grad, _ByWeights.apply(grad, v, weight, *ctx.call), *[None] * 3
 
 
@@ -94,7 +110,7 @@ class _ByWeights(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         grad, x = ctx.saved_tensors
-        return _Convolution.apply(x, v, None, *ctx.call), _ByImages.apply(grad, v, x, *ctx.call), *[None] * 3
+        return _Convolution.apply(x, v, None, *ctx.call, None), _ByImages.apply(grad, v, x, *ctx.call), *[None] * 3
 
 
 def _gradient(grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, which: int) -> Tensor:

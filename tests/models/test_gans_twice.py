@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -59,6 +60,20 @@ def test_weights_have_no_part_where_images_alone_are_asked_for() -> None:
         assert others == [None, None]
     assert all(g is not None for g in torch.autograd.grad(y.sum(), (x, weight, bias)))
     assert type(conv2d(x, weight).grad_fn).__name__ == "ConvolutionBackward0"  # elsewhere it is torch's
+
+
+def test_weights_have_their_part_while_another_thread_is_inside() -> None:
+    x, weight = random(2, 3, 4, 4), random(2, 3, 3, 3)
+    with towards_images():
+        y = conv2d(x, weight, padding=1)
+    with ThreadPoolExecutor(1) as other:
+        others = towards_images()
+        other.submit(others.__enter__).result()
+        elsewhere = conv2d(x, weight, padding=1)
+        (of_weight,) = torch.autograd.grad(y.sum(), weight, allow_unused=True)
+        other.submit(others.__exit__, None, None, None).result()
+    assert of_weight is not None
+    assert type(elsewhere.grad_fn).__name__ == "ConvolutionBackward0"
 
 
 def test_a_penalty_convolves_no_images_with_images() -> None:

@@ -108,6 +108,15 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     torch.testing.assert_close(ours.weight, expected.weight, **tolerance)
 
 
+def test_a_weight_that_was_changed_has_no_gradient() -> None:
+    for module in pair(lambda: nn.Linear(4, 3)):
+        loss = module(torch.randn(2, 4)).square().sum()
+        with torch.no_grad():
+            module.parametrizations.weight.original.mul_(3)
+        with pytest.raises(RuntimeError, match=r"in ?place"):
+            loss.backward()
+
+
 def test_checkpoints_go_both_ways() -> None:
     ours, expected = network(spectral_norm), network(theirs)
     for giver, taker in ((ours, expected), (expected, ours)):

@@ -20,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import gdl_kernels
 from gdl_kernels import _native, spectral_normalize
@@ -341,6 +342,23 @@ def test_gradients_of_both_orders(backend: str, semantics: str) -> None:
 
     torch.autograd.gradcheck(call, leaves)
     torch.autograd.gradgradcheck(call, leaves)
+
+
+@for_each_kernel
+def test_second_gradient_through_a_checkpoint(kernel: Kernel) -> None:
+    backend, device = kernel
+    weights = matrices([(4, 5), (6, 7)], torch.float32, device)
+    given = vectors(weights)
+
+    def penalty(*leaves: Tensor) -> Tensor:
+        out = spectral_normalize(list(leaves), *given, update=False, backend=backend)
+        grads = torch.autograd.grad([y.square().sum() for y in out], leaves, create_graph=True)
+        return sum((grad.square().sum() for grad in grads), torch.zeros((), device=device))
+
+    leaves = [w.requires_grad_() for w in weights]
+    expected = torch.autograd.grad(penalty(*leaves), leaves)
+    found = torch.autograd.grad(checkpoint(penalty, *leaves, use_reentrant=False), leaves)
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

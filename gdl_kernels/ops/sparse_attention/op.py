@@ -92,8 +92,11 @@ choices = _backends.add_op("sparse_attention", {"cpu": _cpu_reasons, "triton": _
 
 def _outputs(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     batch, heads, n_q, _head_dim = query.shape
-    # (B, H, N, D) in memory as (B, N, H, D): the output projection that follows then needs no copy.
-    out = query.new_empty(batch, n_q, heads, value.shape[3]).transpose(1, 2)
+    width = value.shape[3]
+    # (B, H, N, D) in memory as (B, N, H, D): the output projection that follows then needs no copy. No view, which
+    # autograd would not let anybody change in place.
+    strides = n_q * heads * width, width, heads * width, 1
+    out = query.new_empty_strided((batch, heads, n_q, width), strides)
     return out, query.new_empty(batch, heads, n_q, dtype=sum_dtype(query))
 
 

@@ -116,7 +116,8 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 def _gradient_of_backward(ctx: Any, cotangents: list[Tensor | None]) -> tuple[Any, ...]:
     """The gradient of <H, (G - <G, W> u v' / sigma) / sigma>, in which sigma is u' W v."""
     count = len(cotangents)
-    columns = [ctx.saved_tensors[i * count : (i + 1) * count] for i in range(4)]
+    saved = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
+    columns = [saved[i * count : (i + 1) * count] for i in range(4)]
     pairs = [_second(h, *tensors) for h, *tensors in zip(cotangents, *columns)]
     grad_grads, grad_weights = map(list, zip(*pairs))
     return grad_grads, grad_weights, [None] * count, [None] * count, None, None
