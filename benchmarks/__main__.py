@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, cast
@@ -105,7 +106,8 @@ def main(
                         break
                     measured.append(run(name, candidate, plan, lambda text: status.update(escape(text))))
                     console.print(result_table(measured[-1]))
-                    asked = benchmark.bars(measured)
+                    # Two ops may have a case of one name.
+                    asked = [replace(bar, claim=f"{name}: {bar.claim}") for bar in benchmark.bars(measured)]
                     if json is not None:
                         run_so_far = record.document([*results, *measured], [*bars, *asked], on, quick, cut_short)
                         record.write(json, run_so_far)

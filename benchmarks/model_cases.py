@@ -130,13 +130,12 @@ def bars(results: Sequence[Result], variants: Sequence[Variant]) -> list[Bar]:
         if variant is None:
             continue
         ours, eager = result.ours, result.row(EAGER)
-        claim = f"{result.op}, {result.case}"
-        asked.append(Bar(f"{claim}: over {EAGER}", variant.asked, result.speed_up(eager)))
+        asked.append(Bar(f"{result.case}: over {EAGER}", variant.asked, result.speed_up(eager)))
         if variant.less_memory:
             memory = None
             if ours is not None and eager is not None and ours.peak_bytes and eager.peak_bytes:
                 memory = eager.peak_bytes / ours.peak_bytes
-            asked.append(Bar(f"{claim}: memory of {EAGER} over ours", 1.0, memory))
+            asked.append(Bar(f"{result.case}: memory of {EAGER} over ours", 1.0, memory))
     return asked
 
 

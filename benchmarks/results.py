@@ -101,7 +101,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Bar:
-    """What is asked of an op: ``measured`` is to be at least ``asked``, or at most. None was not measured."""
+    """What is asked of an op or a model: ``measured`` is to be at least ``asked``, or at most. None was not measured.
+
+    Attributes:
+        claim: unique within the op or model, whose name the command puts before it.
+    """
 
     claim: str
     asked: float

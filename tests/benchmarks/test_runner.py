@@ -445,6 +445,8 @@ def test_what_time_is_not_enough_for_is_left_out(tmp_path: Path, monkeypatch: py
         run_ = json.loads(path.read_text())
         assert run_["cut_short"] == cut_short
         assert {op: sum(r["op"] == op for r in run_["results"]) for op in counts} == counts
+        # Both ops have a case of that name: each bar says whose it is.
+        assert [bar["claim"] for bar in run_["bars"]] == [f"{op}: square: over eager" for op in counts]
 
 
 @pytest.mark.parametrize(
