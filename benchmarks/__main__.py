@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 import time
 from dataclasses import replace
@@ -64,7 +65,7 @@ def main(
         list[str] | None, typer.Option(help="Only cases with this in their name; may be given again, for either.")
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="Leave out what doesn't fit; what is left is divided evenly among the ops.")
+        float | None, typer.Option(min=0, help="Leave out what doesn't fit; ops and models share what is left evenly.")
     ] = None,
     json: Annotated[
         Path | None, typer.Option(dir_okay=False, help="Also write the run to this file, after every case.")
@@ -83,7 +84,7 @@ def main(
     console = _console()
     console.print(", ".join(f"{name} {value}" for name, value in machine(on).items() if value is not None))
     plan = QUICK if quick else FULL
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     results: list[Result] = []
     bars: list[Bar] = []
     cut_short: dict[str, int] = {}
@@ -91,8 +92,8 @@ def main(
     for place, (name, module) in enumerate(chosen):
         measured: list[Result] = []
         asked: list[Bar] = []
-        share = deadline and (deadline - time.monotonic()) / (len(chosen) - place)
-        until = share and time.monotonic() + share
+        now = time.monotonic()
+        until = now + (deadline - now) / (len(chosen) - place)
         try:
             benchmark = cast(Benchmark, importlib.import_module(module))
             with console.status("") as status:
@@ -100,7 +101,7 @@ def main(
                     if case and not any(part in candidate.name for part in case):
                         continue
                     # Each op and each model has a case, as long as there is any time.
-                    if until and time.monotonic() >= (until if measured else cast(float, deadline)):
+                    if time.monotonic() >= (until if measured else deadline):
                         cut_short[name] = len(measured)
                         console.print(f"{name}: no time for more than {len(measured)} cases")
                         break
@@ -115,7 +116,7 @@ def main(
             missing.append(f"{name} (needs {error.name})")
         results += measured
         bars += asked
-    if not results and not missing:
+    if not (results or missing or cut_short):
         raise typer.BadParameter(f"must be part of a case's name, got {', '.join(case or [])!r}", param_hint="--case")
     console.print(bars_table(bars))
     if json is not None:

@@ -31,7 +31,7 @@ def document(
     """The run, with the raw samples and with all that is derived from them.
 
     Args:
-        cut_short: of each op for whose other cases there was no time, how many cases were measured.
+        cut_short: of each op or model for whose other cases there was no time, how many were measured.
     """
     return {
         "schema": SCHEMA,

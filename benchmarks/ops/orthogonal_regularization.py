@@ -103,6 +103,7 @@ def _by_smaller_side(weights: Sequence[Tensor], columns: bool) -> Tensor:
 def bars(results: Sequence[Result]) -> list[Bar]:
     asked = []
     for result in results:
-        over = 3.0 if result.rows and result.ours and result.ours.backend == "triton" else 1.8
-        asked.append(Bar(f"{result.case}: over {EAGER}", over, result.speed_up(result.row(EAGER))))
+        on_gpu = result.ours is not None and result.ours.backend == "triton"
+        least = 3.0 if on_gpu else 1.8
+        asked.append(Bar(f"{result.case}: over {EAGER}", least, result.speed_up(result.row(EAGER))))
     return asked
