@@ -33,9 +33,8 @@ from gdl_kernels._backends import Explanation
 from models import report
 from models.compare import TOLERANCES, TOLERANCES_WITH_KINKS, Problem, errors, relative_error
 
-from .cases import Case, Contestant, Task
+from .cases import COMPILED, EAGER, OURS, Case, Contestant, Task
 from .correctness import Outputs, matched
-from .images import COMPILED, EAGER, OURS
 from .results import Bar, Result
 
 FORWARD, TRAINING = "forward", "training step"

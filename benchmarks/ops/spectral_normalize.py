@@ -14,7 +14,7 @@ from gdl_kernels._backends import Explanation
 from gdl_kernels.ops.spectral_normalize import reference
 
 from ..biggan import DISCRIMINATOR, GENERATOR, elements
-from ..cases import Case, Contestant, Inputs, Task
+from ..cases import OURS, Case, Contestant, Inputs, Task
 from ..ceilings import memory_copy
 from ..results import Bar, Result
 
@@ -121,7 +121,7 @@ def case(network: str, mode: str, device: torch.device, dtype: torch.dtype) -> C
     name = f"BigGAN-128 {network}, {mode}, {str(dtype).removeprefix('torch.')}"
     contestants = [
         Contestant(TORCH, problem.by_torch, setup=problem.apart),
-        Contestant("gdl_kernels", problem.by_ours, setup=problem.apart, explain=problem.explain),
+        Contestant(OURS, problem.by_ours, setup=problem.apart, explain=problem.explain),
     ]
     # One set is larger than any cache by itself.
     return Case(
