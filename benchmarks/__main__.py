@@ -18,7 +18,7 @@ from rich.markup import escape
 
 from . import diff, figures, models, ops, record
 from .cases import Benchmark
-from .machine import machine
+from .machine import gpu_capability, machine
 from .results import Bar, Result
 from .runner import run
 from .tables import bars_table, changes_table, result_table
@@ -204,7 +204,7 @@ def measure_configurations(
         raise typer.BadParameter("a GPU is needed to time kernels, and torch sees none", param_hint="tune")
     from gdl_kernels import _tuned
 
-    from .tune import gpu_capability, tune
+    from .tune import tune
     from .tune.descent import gpu_clock
     from .tune.problems import problems
 

@@ -59,7 +59,7 @@ class Row:
 
 @dataclass
 class Result:
-    """One case, measured. ``ceiling`` took turns with ``rows``."""
+    """One case of an op or a model, measured. ``ceiling`` took turns with ``rows``."""
 
     op: str
     case: str
