@@ -19,6 +19,9 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .PHONY: demo test gpu clean
 
+# What models here have drawn and written, for the page that `make demo` ends in.
+PICTURES := stylegan_mixing.png biggan_digits.png sagan_digits.png progan_digits.png musenet_sample.png
+
 say = @printf '\033[1m== %s\033[0m\n'
 
 demo: $(VENV)/installed
@@ -28,6 +31,9 @@ demo: $(VENV)/installed
 	@$(PY) -m gdl_kernels verify
 	$(say) "MuseNet on Bach chorales, on our kernels and in plain PyTorch"
 	@$(PY) -m models compare musenet
+	$(say) "Every op and every model against PyTorch's own ways"
+	@$(PY) -m benchmarks --quick --minutes 1 --json runs/demo.json
+	@$(PY) -m benchmarks page runs/demo.json --out runs/demo.html $(addprefix --picture docs/,$(PICTURES))
 
 test: $(VENV)/installed
 	$(say) "ruff"

@@ -16,6 +16,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from models.memory import keep_freed_memory
+
 from . import diff, figures, models, ops, record
 from .cases import Benchmark
 from .machine import gpu_capability, machine
@@ -94,6 +96,8 @@ def main(
         asked: list[Bar] = []
         now = time.monotonic()
         until = now + (deadline - now) / (len(chosen) - place)
+        if module.startswith(f"{models.__name__}."):
+            keep_freed_memory()  # as `python -m models` does
         try:
             benchmark = cast(Benchmark, importlib.import_module(module))
             with console.status("") as status:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from . import report
 from .compare import SideFailed
+from .memory import keep_freed_memory
 from .registry import COMMANDS, MODELS
 
 
@@ -37,6 +38,7 @@ def application() -> typer.Typer:
 
 def main() -> None:
     """Run the command line. What the user can mend is said in a line; a traceback is a fault of ours."""
+    keep_freed_memory()
     try:
         application()()
     except (ValueError, SideFailed) as error:

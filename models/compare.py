@@ -1,7 +1,8 @@
 """One model twice, on our kernels and in plain PyTorch: do they agree, how fast is each, how much memory does it take?
 
 Each side runs in a fresh process of its own, so that neither's memory is counted for the other; both stay alive, and
-take turns at being timed, so that a change in the machine's speed meets both.
+take turns at being timed, so that a change in the machine's speed meets both. A turn is two runs, of which the second
+is timed: of a process that has waited some seconds, a virtual machine's host takes memory back.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from torch import Tensor, nn
 import gdl_kernels
 from gdl_kernels import _native
 from gdl_kernels._backends import Explanation
+
+from .memory import keep_freed_memory
 
 #: Allowed ``|ours - reference| / |reference|``, in 2-norms, of the output and of each parameter's gradient.
 TOLERANCES = {
@@ -165,7 +168,7 @@ def compare(
     Args:
         dtype, device: what ``build`` builds in and on.
         backend: what serves our side.
-        repetitions: timed runs of each phase on each side, after one that is not timed.
+        repetitions: timed runs of each phase on each side, each after one that is not timed, as in a loop.
         kinks: whether the gradient jumps, as with ReLUs: see ``TOLERANCES_WITH_KINKS``.
         say: is told what happens.
 
@@ -201,6 +204,7 @@ def compare(
                 order = SIDES if repetition % 2 == 0 else SIDES[::-1]
                 for side in order:
                     say(f"{phase}, {side}: timed run {repetition + 1} of {repetitions}")
+                    sides[side].ask(phase, False)  # a process that has waited may find its memory taken back
                     times[phase, side].append(sides[side].ask(phase, False)[0])
     measured = {
         phase: {
@@ -307,6 +311,7 @@ class _Side:
 
 def _serve(connection: Connection, build: Build, backend: str, device: str, path: Path) -> None:
     """What a side's process runs: answers each question with a result, or with the exception that it ended in."""
+    keep_freed_memory()
     try:
         with gdl_kernels.backend(backend):
             worker = _Worker(build(), device)

@@ -14,8 +14,11 @@ from .. import gans, model_cases
 from ..cases import Case
 from ..results import Bar, Result
 
-#: What ``python -m models compare biggan`` compares.
-VARIANTS = (gans.variant(Biggan, BigganConfig(width=16), 4, asked=1.3, less_memory=True),)
+#: What ``python -m models compare biggan`` compares; and what ``train`` trains on digits unless it is told otherwise.
+VARIANTS = (
+    gans.variant(Biggan, BigganConfig(width=16), 4, asked=1.3, less_memory=True),
+    gans.variant(Biggan, DIGITS, 64, asked=1.3),
+)
 QUICK = (gans.variant(Biggan, DIGITS, 8),)
 
 
