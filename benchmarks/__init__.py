@@ -1,1 +1,1 @@
-"""Measures every op against its rivals on this machine: ``python -m benchmarks``. See docs/benchmarks.md."""
+"""Measures ops and models against their rivals on this machine: ``python -m benchmarks``. See docs/benchmarks.md."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, cast
@@ -16,7 +18,7 @@ from rich.markup import escape
 
 from . import diff, figures, models, ops, record
 from .cases import Benchmark
-from .machine import machine
+from .machine import gpu_capability, machine
 from .results import Bar, Result
 from .runner import run
 from .tables import bars_table, changes_table, result_table
@@ -63,7 +65,7 @@ def main(
         list[str] | None, typer.Option(help="Only cases with this in their name; may be given again, for either.")
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="Leave out what doesn't fit; what is left is divided evenly among the ops.")
+        float | None, typer.Option(min=0, help="Leave out what doesn't fit; ops and models share what is left evenly.")
     ] = None,
     json: Annotated[
         Path | None, typer.Option(dir_okay=False, help="Also write the run to this file, after every case.")
@@ -82,7 +84,7 @@ def main(
     console = _console()
     console.print(", ".join(f"{name} {value}" for name, value in machine(on).items() if value is not None))
     plan = QUICK if quick else FULL
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     results: list[Result] = []
     bars: list[Bar] = []
     cut_short: dict[str, int] = {}
@@ -90,8 +92,8 @@ def main(
     for place, (name, module) in enumerate(chosen):
         measured: list[Result] = []
         asked: list[Bar] = []
-        share = deadline and (deadline - time.monotonic()) / (len(chosen) - place)
-        until = share and time.monotonic() + share
+        now = time.monotonic()
+        until = now + (deadline - now) / (len(chosen) - place)
         try:
             benchmark = cast(Benchmark, importlib.import_module(module))
             with console.status("") as status:
@@ -99,13 +101,14 @@ def main(
                     if case and not any(part in candidate.name for part in case):
                         continue
                     # Each op and each model has a case, as long as there is any time.
-                    if until and time.monotonic() >= (until if measured else cast(float, deadline)):
+                    if time.monotonic() >= (until if measured else deadline):
                         cut_short[name] = len(measured)
                         console.print(f"{name}: no time for more than {len(measured)} cases")
                         break
                     measured.append(run(name, candidate, plan, lambda text: status.update(escape(text))))
                     console.print(result_table(measured[-1]))
-                    asked = benchmark.bars(measured)
+                    # Two ops may have a case of one name.
+                    asked = [replace(bar, claim=f"{name}: {bar.claim}") for bar in benchmark.bars(measured)]
                     if json is not None:
                         run_so_far = record.document([*results, *measured], [*bars, *asked], on, quick, cut_short)
                         record.write(json, run_so_far)
@@ -113,7 +116,7 @@ def main(
             missing.append(f"{name} (needs {error.name})")
         results += measured
         bars += asked
-    if not results and not missing:
+    if not (results or missing or cut_short):
         raise typer.BadParameter(f"must be part of a case's name, got {', '.join(case or [])!r}", param_hint="--case")
     console.print(bars_table(bars))
     if json is not None:
@@ -201,7 +204,7 @@ def measure_configurations(
         raise typer.BadParameter("a GPU is needed to time kernels, and torch sees none", param_hint="tune")
     from gdl_kernels import _tuned
 
-    from .tune import gpu_capability, tune
+    from .tune import tune
     from .tune.descent import gpu_clock
     from .tune.problems import problems
 

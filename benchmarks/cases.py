@@ -25,6 +25,9 @@ Inputs = tuple[Tensor, ...]
 #: Computes one output or several from a case's inputs.
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
+#: The contestants that most benchmarks have. Some say more of theirs, as in "eager, masked".
+OURS, EAGER, COMPILED = "gdl_kernels", "eager", "torch.compile"
+
 
 @dataclass(frozen=True)
 class Task:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,13 +77,11 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
 
 def _rows(run: Mapping[str, Any]) -> dict[tuple[str, str], tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """By case and contestant: the case's result and the row."""
-    return dict(_pairs(run))
-
-
-def _pairs(run: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], tuple[Mapping[str, Any], Mapping[str, Any]]]]:
-    for result in run["results"]:
-        for row in (result["ceiling"], *result["rows"]):
-            yield (f"{result['op']}: {result['case']}", row["contestant"]), (result, row)
+    return {
+        (f"{result['op']}: {result['case']}", row["contestant"]): (result, row)
+        for result in run["results"]
+        for row in (result["ceiling"], *result["rows"])
+    }
 
 
 def _shares(result: Mapping[str, Any], row: Mapping[str, Any]) -> list[float]:

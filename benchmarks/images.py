@@ -31,12 +31,10 @@ import torch
 import gdl_kernels
 from gdl_kernels._backends import Explanation
 
-from .cases import Case, Function, Inputs, Task, short
+from .cases import COMPILED, EAGER, OURS, Case, Function, Inputs, Task, short
 from .ceilings import memory_copy
 from .passes import Passes
 from .results import Bar, Result
-
-EAGER, COMPILED, OURS = "eager", "torch.compile", "gdl_kernels"
 
 FORWARD = Passes("forward", forward=True, backward=False)
 BACKWARD = Passes("backward", forward=False, backward=True)

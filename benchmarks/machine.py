@@ -30,6 +30,12 @@ def machine(device: torch.device) -> dict[str, Any]:
     return described
 
 
+def gpu_capability() -> int:
+    """Of the current GPU, as in ``sm_90``."""
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
 def versions() -> dict[str, str | None]:
     return {
         "gdl_kernels": gdl_kernels.__version__,

@@ -33,9 +33,8 @@ from gdl_kernels._backends import Explanation
 from models import report
 from models.compare import TOLERANCES, TOLERANCES_WITH_KINKS, Problem, errors, relative_error
 
-from .cases import Case, Contestant, Task
+from .cases import COMPILED, EAGER, OURS, Case, Contestant, Task
 from .correctness import Outputs, matched
-from .images import COMPILED, EAGER, OURS
 from .results import Bar, Result
 
 FORWARD, TRAINING = "forward", "training step"
@@ -130,13 +129,12 @@ def bars(results: Sequence[Result], variants: Sequence[Variant]) -> list[Bar]:
         if variant is None:
             continue
         ours, eager = result.ours, result.row(EAGER)
-        claim = f"{result.op}, {result.case}"
-        asked.append(Bar(f"{claim}: over {EAGER}", variant.asked, result.speed_up(eager)))
+        asked.append(Bar(f"{result.case}: over {EAGER}", variant.asked, result.speed_up(eager)))
         if variant.less_memory:
             memory = None
             if ours is not None and eager is not None and ours.peak_bytes and eager.peak_bytes:
                 memory = eager.peak_bytes / ours.peak_bytes
-            asked.append(Bar(f"{claim}: memory of {EAGER} over ours", 1.0, memory))
+            asked.append(Bar(f"{result.case}: memory of {EAGER} over ours", 1.0, memory))
     return asked
 
 

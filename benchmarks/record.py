@@ -31,7 +31,7 @@ def document(
     """The run, with the raw samples and with all that is derived from them.
 
     Args:
-        cut_short: of each op for whose other cases there was no time, how many cases were measured.
+        cut_short: of each op or model for whose other cases there was no time, how many were measured.
     """
     return {
         "schema": SCHEMA,
@@ -98,3 +98,9 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: naming the file, if it can't be read or is no run of this schema.
     """
     return checked(path, read_json(path))
+
+
+def ours_and_rivals(result: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, list[Mapping[str, Any]]]:
+    """Of a run's result, our row and those of rivals over which ours has a speed-up."""
+    ours = next((row for row in result["rows"] if row["ours"]), None)
+    return ours, [r for r in result["rows"] if not r["ours"] and not r["yardstick"] and r["speed_up_of_ours"]]

@@ -59,7 +59,7 @@ class Row:
 
 @dataclass
 class Result:
-    """One case, measured. ``ceiling`` took turns with ``rows``."""
+    """One case of an op or a model, measured. ``ceiling`` took turns with ``rows``."""
 
     op: str
     case: str
@@ -101,7 +101,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Bar:
-    """What is asked of an op: ``measured`` is to be at least ``asked``, or at most. None was not measured."""
+    """What is asked of an op or a model: ``measured`` is to be at least ``asked``, or at most. None was not measured.
+
+    Attributes:
+        claim: unique within the op or model, whose name the command puts before it.
+    """
 
     claim: str
     asked: float

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .. import record
+from ..cases import OURS
 from ..results import Result, Row, curve
 
 T = TypeVar("T")
@@ -84,7 +85,7 @@ def _made(kind: type[T], found: Mapping[str, Any]) -> T:
 def _phase(name: str, phase: str, sides: Mapping[str, Any], found: Mapping[str, Any]) -> Result:
     rows = [
         Row(contestant, 0.0, 0.0, ours, samples_ms=[1e3 * sides[side]["seconds"]], peak_bytes=sides[side]["peak"])
-        for side, contestant, ours in (("reference", "PyTorch", False), ("kernels", "gdl_kernels", True))
+        for side, contestant, ours in (("reference", "PyTorch", False), ("kernels", OURS, True))
     ]
     if sides["speedup"] is None:  # the sides disagree, or no kernel of ours served
         rows[-1].status = "unavailable" if found["agree"] else "wrong"

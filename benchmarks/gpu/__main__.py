@@ -21,7 +21,7 @@ from gdl_kernels import _tuned
 from models.atomic import replacing
 from models.checkout import commit
 
-from ..machine import versions
+from ..machine import gpu_capability, versions
 from .ending import Outcome, speed_table, steps_table
 from .running import GRACE, run, stoppable
 from .steps import LEAST, PYTHON, ROOT, Step, steps
@@ -58,8 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "long": asked.long,
     }
     outcomes = run_all(planned, results, end, about)
-    major, minor = torch.cuda.get_device_capability()
-    table = _tuned.path_of(10 * major + minor)
+    table = _tuned.path_of(gpu_capability())
     if asked.long and table.exists():
         shutil.copy2(table, results / f"tuned_{table.name}")
     runs = [step.writes for step in planned if step.writes and step.name.startswith("benchmark ")]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..record import read
+from ..record import ours_and_rivals, read
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,10 @@ def speed_table(runs: Sequence[Path]) -> str:
 
 
 def _case(result: Mapping[str, Any]) -> list[str]:
-    ours = next((row for row in result["rows"] if row["ours"]), None)
+    ours, rivals = ours_and_rivals(result)
     if ours is None or ours["median_ms"] is None:
         why = "not measured" if ours is None else f"{ours['status']}: {ours['reason'][:60]}"
         return [result["op"], result["case"], why, "", "", "", ""]
-    rivals = [row for row in result["rows"] if not row["ours"] and not row["yardstick"] and row["speed_up_of_ours"]]
     best = min(rivals, key=lambda row: row["median_ms"], default=None)
     eager = next((row for row in rivals if row["contestant"].startswith("eager")), None)
     share = ours["share_of_ceiling"]

@@ -9,12 +9,10 @@ import torch
 import gdl_kernels
 from gdl_kernels.ops.adain import reference
 
-from ..cases import Case
+from ..cases import COMPILED, EAGER, Case
 from ..images import (
     BACKWARD,
     BATCHES,
-    COMPILED,
-    EAGER,
     FORWARD,
     QUICK_BATCHES,
     QUICK_SIDES,

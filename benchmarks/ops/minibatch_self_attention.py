@@ -12,11 +12,10 @@ from torch.nn import functional as F
 
 import gdl_kernels
 
-from ..cases import Case, Task
+from ..cases import EAGER, Case, Task
 from ..ceilings import matrix_product
 from ..images import (
     BATCHES,
-    EAGER,
     FORWARD,
     QUICK_BATCHES,
     QUICK_SIDES,

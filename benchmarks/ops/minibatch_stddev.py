@@ -10,8 +10,8 @@ import torch
 import gdl_kernels
 from gdl_kernels.ops.minibatch_stddev import reference
 
-from ..cases import Case
-from ..images import BACKWARD, COMPILED, EAGER, FORWARD, TRAINING, ImageOp, case, copies, is_of, over
+from ..cases import COMPILED, EAGER, Case
+from ..images import BACKWARD, FORWARD, TRAINING, ImageOp, case, copies, is_of, over
 from ..results import Bar, Result
 
 OP = ImageOp(

@@ -10,8 +10,8 @@ import torch
 import gdl_kernels
 from gdl_kernels.ops.pixel_norm import reference
 
-from ..cases import Case
-from ..images import BACKWARD, COMPILED, EAGER, FORWARD, TRAINING, ImageOp, case, copies, is_of, over, pixels
+from ..cases import COMPILED, EAGER, Case
+from ..images import BACKWARD, FORWARD, TRAINING, ImageOp, case, copies, is_of, over, pixels
 from ..results import Bar, Result
 
 OP = ImageOp("pixel_norm", gdl_kernels.pixel_norm, functools.partial(reference.pixel_norm, eps=1e-8))

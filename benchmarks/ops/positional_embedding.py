@@ -15,9 +15,9 @@ from torch import Tensor
 import gdl_kernels
 from gdl_kernels.ops.positional_embedding import reference
 
-from ..cases import Case, Inputs, Task, short
+from ..cases import COMPILED, EAGER, OURS, Case, Inputs, Task, short
 from ..ceilings import memory_copy
-from ..images import BACKWARD, COMPILED, EAGER, FORWARD, OURS, ROTATED_BYTES, TRAINING, compiles, copies, is_of, over
+from ..images import BACKWARD, FORWARD, ROTATED_BYTES, TRAINING, compiles, copies, is_of, over
 from ..passes import Passes
 from ..results import Bar, Result
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,22 +13,11 @@ from gdl_kernels import explain, spectral_normalize
 from gdl_kernels._backends import Explanation
 from gdl_kernels.ops.spectral_normalize import reference
 
-from ..cases import Case, Contestant, Inputs, Task
+from ..biggan import DISCRIMINATOR, GENERATOR, elements
+from ..cases import OURS, Case, Contestant, Inputs, Task
 from ..ceilings import memory_copy
 from ..results import Bar, Result
 
-#: (out, in · kh · kw) of every weight under spectral norm, width 96.
-GENERATOR = (
-    (24576, 20), (1536, 13824), (1536, 13824), (768, 13824), (768, 6912), (384, 6912), (384, 3456), (192, 3456),
-    (192, 1728), (96, 1728), (96, 864), (1536, 1536), (768, 1536), (384, 768), (192, 384), (96, 192),
-    *[(channels, 148) for channels in (1536,) * 6 + (768,) * 4 + (384,) * 4 + (192,) * 4 + (96,) * 2],
-    (24, 192), (24, 192), (96, 192), (192, 96), (3, 864),
-)  # fmt: skip
-DISCRIMINATOR = (
-    (96, 27), (96, 864), (192, 864), (192, 1728), (384, 1728), (384, 3456), (768, 3456), (768, 6912), (1536, 6912),
-    (1536, 13824), (1536, 13824), (1536, 13824), (96, 3), (192, 96), (384, 192), (768, 384), (1536, 768), (12, 96),
-    (12, 96), (48, 96), (96, 48), (1, 1536), (1000, 1536),
-)  # fmt: skip
 NETWORKS = {"G": GENERATOR, "D": DISCRIMINATOR}
 
 TORCH = "torch spectral_norm"
@@ -49,7 +37,7 @@ class Problem:
     dtype: torch.dtype
 
     @property
-    def shapes(self) -> tuple[tuple[int, int], ...]:
+    def shapes(self) -> list[tuple[int, int]]:
         return NETWORKS[self.network]
 
     def inputs(self, generator: torch.Generator) -> Inputs:
@@ -120,24 +108,24 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
 
 def case(network: str, mode: str, device: torch.device, dtype: torch.dtype) -> Case:
     problem = Problem(network, mode, device, dtype)
-    elements = sum(map(math.prod, problem.shapes))
-    size = elements * dtype.itemsize
+    count = elements(problem.shapes)
+    size = count * dtype.itemsize
     # Forward: W is read for sigma and again to be divided. Backward: W and G are read for their inner product, and G
     # again. Each writes once.
     task = Task(
         problem.by_the_formula,
         problem.by_the_formula,
-        flops=(5 if mode == FORWARD else 11) * elements,
+        flops=(5 if mode == FORWARD else 11) * count,
         bytes=(3 if mode == FORWARD else 7) * size,
     )
     name = f"BigGAN-128 {network}, {mode}, {str(dtype).removeprefix('torch.')}"
     contestants = [
         Contestant(TORCH, problem.by_torch, setup=problem.apart),
-        Contestant("gdl_kernels", problem.by_ours, setup=problem.apart, explain=problem.explain),
+        Contestant(OURS, problem.by_ours, setup=problem.apart, explain=problem.explain),
     ]
     # One set is larger than any cache by itself.
     return Case(
-        name, f"{len(problem.shapes)} matrices, {elements / 1e6:.1f} M", dtype, device, problem.inputs, task,
+        name, f"{len(problem.shapes)} matrices, {count / 1e6:.1f} M", dtype, device, problem.inputs, task,
         contestants, ceiling=memory_copy(size, 2), input_sets=2,
     )  # fmt: skip
 

@@ -14,9 +14,9 @@ import gdl_kernels
 from gdl_kernels._backends import Explanation
 from gdl_kernels.ops.style_epilogue import reference
 
-from ..cases import Case, Contestant, Function, Inputs, Task
+from ..cases import COMPILED, EAGER, OURS, Case, Contestant, Function, Inputs, Task
 from ..ceilings import memory_copy
-from ..images import BACKWARD, COMPILED, EAGER, FORWARD, OURS, ImageOp, case, is_of, over, pixels
+from ..images import BACKWARD, FORWARD, ImageOp, case, is_of, over, pixels
 from ..results import Bar, Result
 from .adain import CHANNELS, IMAGES, sizes
 

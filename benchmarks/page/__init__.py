@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from models.atomic import replacing
 
+from ..record import ours_and_rivals
 from ..tables import bandwidth, bar_value, milliseconds, rate
 from . import plots
 
@@ -97,8 +98,7 @@ def _by_op(runs: Sequence[tuple[str, Run]]) -> dict[str, list[SpeedUp]]:
 
 
 def _speed_up(result: Mapping[str, Any]) -> SpeedUp:
-    ours = next((row for row in result["rows"] if row["ours"]), None)
-    rivals = [row for row in result["rows"] if not row["ours"] and not row["yardstick"] and row["speed_up_of_ours"]]
+    ours, rivals = ours_and_rivals(result)
     rivals.sort(key=lambda row: row["median_ms"])
     shown = rivals[:1] + [row for row in rivals[1:] if row["contestant"].startswith("eager")]
     if ours is None or ours["median_ms"] is None:

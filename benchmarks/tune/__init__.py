@@ -9,8 +9,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gdl_kernels import _tuned
 from models.atomic import replacing
 from models.checkout import commit
@@ -91,9 +89,3 @@ def _told(problem: Problem, found: Found) -> str:
         f"{problem}: {list(found.tiles)} in {found.ms:.4g} ms, its own choice {list(problem.built_in)} in "
         f"{found.built_in_ms:.4g} ms; {found.tried} tried{skipped}"
     )
-
-
-def gpu_capability() -> int:
-    """Of the current GPU, as in ``sm_90``."""
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor

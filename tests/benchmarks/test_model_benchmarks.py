@@ -87,11 +87,13 @@ def test_what_is_asked_of_a_model(name: str) -> None:
             for phase in (FORWARD, TRAINING)
         ]
         bars = module.bars(phases)
-        assert (bars[0].claim, bars[0].asked) == (f"{name}, {asked.case_name(TRAINING)}: over {EAGER}", least)
+        assert (bars[0].claim, bars[0].asked) == (f"{asked.case_name(TRAINING)}: over {EAGER}", least)
         assert bars[0].measured == 1.5
         memory = [(bar.claim.rpartition(": ")[2], bar.asked, bar.measured) for bar in bars[1:]]
-        attends = name in ("sagan", "biggan") or "local" in asked.name or "fixed" in asked.name
-        assert memory == ([(f"memory of {EAGER} over ours", 1.0, 1.5)] if attends else [])
+        # Where attention is over many pairs: not over the digits' 8×8 pixels.
+        attends = name in ("sagan", "biggan") and "16×16" not in asked.name
+        less = attends or "local" in asked.name or "fixed" in asked.name
+        assert memory == ([(f"memory of {EAGER} over ours", 1.0, 1.5)] if less else [])
 
 
 class Drifting(nn.Module):

@@ -445,6 +445,12 @@ def test_what_time_is_not_enough_for_is_left_out(tmp_path: Path, monkeypatch: py
         run_ = json.loads(path.read_text())
         assert run_["cut_short"] == cut_short
         assert {op: sum(r["op"] == op for r in run_["results"]) for op in counts} == counts
+        # Both ops have a case of that name: each bar says whose it is.
+        assert [bar["claim"] for bar in run_["bars"]] == [f"{op}: square: over eager" for op in counts]
+    outcome = CliRunner().invoke(app, [*command[:-1], "0"])
+    assert outcome.exit_code == 0, outcome.output
+    assert "second: no time for more than 0 cases" in outcome.output
+    assert json.loads(path.read_text())["cut_short"] == {"first": 0, "second": 0}
 
 
 @pytest.mark.parametrize(

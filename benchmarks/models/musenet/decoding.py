@@ -15,12 +15,12 @@ from gdl_kernels.nn import KeyValueCache
 from models.musenet.model import Config, MuseNet
 from models.musenet.tokens import CHORALES
 
-from ...cases import Case, Contestant, Function, Inputs, Task, short
+from ...cases import OURS, Case, Contestant, Function, Inputs, Task, short
 from ...ceilings import memory_read
 from ...results import Bar, Result, curve
 from .plain import Attention, DenseCache, dense, kept_keys, last_logits, masked, run_by_run
 
-OURS, DENSE, EAGER, SDPA = "gdl_kernels", "dense, cached", "recomputed, eager", "recomputed, SDPA"
+DENSE, EAGER, SDPA = "dense, cached", "recomputed, eager", "recomputed, SDPA"
 POSITIONS = (256, 1024, 2048, 4096, 8192, 16_384)
 QUICK_POSITIONS = (1024,)
 #: Computing all positions anew takes a second for a token from here on, and four times that at twice as many.

@@ -14,13 +14,13 @@ import gdl_kernels
 from gdl_kernels._backends import Explanation
 from gdl_kernels.layouts import Layout
 
-from ...cases import Case, Contestant, Inputs, Task, short
+from ...cases import OURS, Case, Contestant, Inputs, Task, short
 from ...passes import Passes
 from ...sdpa import by_kernel
 from .attention import compiled_flex, in_chunks, masked
 from .patterns import Pattern, causal
 
-OURS, FLEX, EAGER, SDPA = "gdl_kernels", "FlexAttention", "eager, masked", "SDPA, dense causal"
+FLEX, EAGER, SDPA = "FlexAttention", "eager, masked", "SDPA, dense causal"
 
 _causal_sdpa = functools.partial(F.scaled_dot_product_attention, is_causal=True)
 
