@@ -180,8 +180,11 @@ def write_page(
     picture: Annotated[list[Path] | None, typer.Option(help="A PNG to show at its end; may be given again.")] = None,
 ) -> None:
     """Write runs as one HTML page with plots, which needs no other file."""
-    from .page import write
-
+    try:
+        from .page import write
+    except ModuleNotFoundError as error:
+        _console().print(f"{error.name} is not installed; the page needs: pip install -e '.\\[plot]'")
+        raise typer.Exit(1) from error
     try:
         write(out, [(path.stem, record.read(path)) for path in runs], picture or [])
     except ValueError as error:

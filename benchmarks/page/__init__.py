@@ -15,7 +15,7 @@ from markupsafe import Markup
 from models.atomic import replacing
 
 from ..record import ours_and_rivals
-from ..tables import bandwidth, bar_value, milliseconds, rate
+from ..tables import bandwidth, bar_value, milliseconds, rate, times
 from . import plots
 
 Run = Mapping[str, Any]
@@ -59,7 +59,7 @@ def write(path: Path, runs: Sequence[tuple[str, Run]], pictures: Sequence[Path] 
         wrong=sum(run["wrong"] for run in about),
         quick=any(run["quick"] for run in about),
         speed_ups=speed_ups,
-        widest=max((times for cases in speed_ups.values() for case in cases for _, times in case.rivals), default=2.0),
+        widest=max((ratio for cases in speed_ups.values() for case in cases for _, ratio in case.rivals), default=2.0),
         bars={name: run["bars"] for name, run in runs if run["bars"]},
         roofline=[Markup(svg) for svg in plots.rooflines([run for _, run in runs])],
         growth=[(title, Markup(svg)) for title, svg in plots.growth([run for _, run in runs])],
@@ -67,6 +67,7 @@ def write(path: Path, runs: Sequence[tuple[str, Run]], pictures: Sequence[Path] 
         pictures=[_picture(path) for path in pictures],
         value=lambda bar, value: bar_value(bar["unit"], value),
         width=_width,
+        times=times,
         milliseconds=milliseconds,
     )
     with replacing(path) as temporary:
@@ -111,9 +112,9 @@ def _speed_up(result: Mapping[str, Any]) -> SpeedUp:
     return SpeedUp(result["case"], result["shape"], ours["median_ms"], speed, ours["share_of_ceiling"], pairs, note)
 
 
-def _width(times: float, widest: float) -> str:
+def _width(faster: float, widest: float) -> str:
     """Of a bar, in per cent: 1 and less is nothing, ``widest`` is all."""
-    return f"{100 * max(0.0, math.log(times)) / max(math.log(widest), 1e-9):.1f}"
+    return f"{100 * max(0.0, math.log(faster)) / max(math.log(widest), 1e-9):.1f}"
 
 
 def _picture(path: Path) -> Picture:
