@@ -27,7 +27,7 @@ def _nothing_registered(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"pattern": "fixed", "stride": 9, "summary": 2, "heads": 3}, partial(layouts.fixed, 100, 9, 2, heads=3)),
         (None, lambda causal: layouts.causal(100) if causal else layouts.full(100)),
     ],
-    ids=str,
+    ids=["local", "strided", "fixed", "no entry"],
 )  # fmt: skip
 def test_the_pattern_of_that_name(entry: dict[str, Any] | None, build: Callable[..., Layout], causal: bool) -> None:
     found = layouts.named(100, entry, causal=causal)
