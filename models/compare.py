@@ -50,6 +50,9 @@ TOLERANCES_WITH_KINKS = TOLERANCES | {
 PHASES = ("forward", "decoding", "training step")
 SIDES = ("kernels", "reference")
 
+#: Runs of each phase after which a process has as much memory as it keeps; a StyleGAN's first steps are a third slower.
+SETTLING = 2
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -199,6 +202,11 @@ def compare(
         ours, reference = (load_file(folder / f"{side}.safetensors") for side in SIDES)
         decoding_error = relative_error(ours.pop("decoded"), reference.pop("decoded")) if "decoding" in phases else None
         output_error, gradient_error, worst = errors(ours, reference)
+        for _ in range(SETTLING):
+            for phase in phases:
+                for side, process in sides.items():
+                    say(f"{phase}, {side}: warming up")
+                    process.ask(phase, False)
         for repetition in range(repetitions):
             for phase in phases:
                 order = SIDES if repetition % 2 == 0 else SIDES[::-1]
