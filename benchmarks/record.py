@@ -67,7 +67,7 @@ def _row(result: Result, row: Row) -> dict[str, Any]:
 
 
 def write(path: Path, run: dict[str, Any]) -> None:
-    """Write a run, whole or not at all."""
+    """Write a run, or another record, whole or not at all."""
     text = json.dumps(run, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

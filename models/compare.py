@@ -1,8 +1,8 @@
 """One model twice, on our kernels and in plain PyTorch: do they agree, how fast is each, how much memory does it take?
 
 Each side runs in a fresh process of its own, so that neither's memory is counted for the other; both stay alive, and
-take turns at being timed, so that a change in the machine's speed meets both. A turn is two runs, of which the second
-is timed: of a process that has waited some seconds, a virtual machine's host takes memory back.
+take turns at being timed, so that a change in the machine's speed meets both. Before that each warms up until it has as
+much memory as it keeps.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ TOLERANCES_WITH_KINKS = TOLERANCES | {
 PHASES = ("forward", "decoding", "training step")
 SIDES = ("kernels", "reference")
 
-#: Runs of each phase after which a process has as much memory as it keeps; a StyleGAN's first steps are a third slower.
+#: Runs of each phase that a process warms up for: the second of a StyleGAN's steps takes 15 % longer than later ones.
 SETTLING = 2
 
 
@@ -171,7 +171,7 @@ def compare(
     Args:
         dtype, device: what ``build`` builds in and on.
         backend: what serves our side.
-        repetitions: timed runs of each phase on each side, each after one that is not timed, as in a loop.
+        repetitions: timed runs of each phase on each side, after three that are not timed.
         kinks: whether the gradient jumps, as with ReLUs: see ``TOLERANCES_WITH_KINKS``.
         say: is told what happens.
 
@@ -212,7 +212,6 @@ def compare(
                 order = SIDES if repetition % 2 == 0 else SIDES[::-1]
                 for side in order:
                     say(f"{phase}, {side}: timed run {repetition + 1} of {repetitions}")
-                    sides[side].ask(phase, False)  # a process that has waited may find its memory taken back
                     times[phase, side].append(sides[side].ask(phase, False)[0])
     measured = {
         phase: {

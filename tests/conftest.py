@@ -46,6 +46,15 @@ def _shared_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """What is this small only waits for other threads, by far so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def nan_poison() -> Iterator[None]:
     """Memory that torch.empty and its like return is full of NaN, so what a kernel forgets to write shows."""
     was_on = torch.are_deterministic_algorithms_enabled()

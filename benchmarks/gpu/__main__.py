@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import re
 import shutil
@@ -18,10 +17,10 @@ from typing import Any
 import torch
 
 from gdl_kernels import _tuned
-from models.atomic import replacing
 from models.checkout import commit
 
 from ..machine import gpu_capability, versions
+from ..record import write
 from .ending import Outcome, speed_table, steps_table
 from .running import GRACE, run, stoppable
 from .steps import LEAST, PYTHON, ROOT, Step, steps
@@ -138,8 +137,7 @@ def run_step(step: Step, log: Path, limit: float) -> Outcome:
 def write_record(path: Path, about: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> None:
     """What docs/verified.md cites: which commit was checked where and when."""
     record = {**about, "steps": {name: str(outcome) for name, outcome in outcomes.items()}}
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write(path, record)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -40,12 +39,8 @@ SHAPE = (4, 6, 5, 3)
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "ROTATED_BYTES", 1e4)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # what is this small only waits for other threads
-    yield
-    torch.set_num_threads(threads)
 
 
 def _run(case: Case, *contestants: Contestant) -> Result:

@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import pkgutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,14 +35,6 @@ CPU = torch.device("cpu")
 PLAN = Plan(seconds=0, min_rounds=2, max_rounds=2)
 #: musenet has cases and tests of its own.
 MODELS = sorted(found.name for found in pkgutil.iter_modules(benchmarks.models.__path__) if found.name != "musenet")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _run(name: str, case: Case) -> Result:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,14 +20,6 @@ from models.musenet.model import bits_per_token as loss
 CPU = torch.device("cpu")
 PLAN = Plan(seconds=0, min_rounds=3, max_rounds=3)
 TINY = Config(1122, context=192, layers=2, heads=4, width=32, stride=32, summary=16)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -43,14 +42,10 @@ PATTERNS = [causal(), local(100), fixed(32, 8), strided(32), FOURTH]
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse_attention, "SIZE", Size(1, 2, 512, 16))
     monkeypatch.setattr(sparse_attention, "WINDOW", 128)
     monkeypatch.setattr(decode, "ROTATED_BYTES", 1e6)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # what is this small only waits for other threads
-    yield
-    torch.set_num_threads(threads)
 
 
 def _low(dtype: torch.dtype, device: torch.device) -> Ceiling:
