@@ -73,12 +73,7 @@ def direct(
             return dispatched(*args)
         if forward_ad._current_level >= 0:
             _refuse_tangents(schema.name, args)
-        if (
-            look is None
-            or _included().raw_repr() | _NOT_IN_INFERENCE != _NOTHING_ON
-            or _function_mode_is_on()
-            or _profiler_is_on()
-        ):
+        if look is None or _something_is_on():
             return dispatched(*args)
         verdict = look(args, _gradients_are_on())
         if verdict == _DISPATCH:
@@ -92,6 +87,22 @@ def direct(
 
     call.dispatched = dispatched  # type: ignore[attr-defined]
     return call
+
+
+def goes_unseen(*args: Any) -> bool:
+    """Whether nothing would see what torch does with these arguments: then native code may do it in its place."""
+    if _is_compiling() or _something_is_on():
+        return False
+    native, _ = _native.cpu()
+    return native is not None and native.look(args, False) != _DISPATCH
+
+
+def _something_is_on() -> bool:
+    return (
+        _included().raw_repr() | _NOT_IN_INFERENCE != _NOTHING_ON
+        or _function_mode_is_on()
+        or _profiler_is_on()
+    )
 
 
 def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:

@@ -404,7 +404,8 @@ def test_registration(kernel: Kernel) -> None:
     for semantics in op.SEMANTICS:
         torch.library.opcheck(op.forward.dispatched, (weights, us, vs, 1, 1e-12, semantics, backend))
     grads = [torch.randn_like(w).requires_grad_() for w in weights]
-    torch.library.opcheck(op.backward.dispatched, (grads, weights, us, vs, torch.rand(2, device=device) + 1, backend))
+    found = torch.cat([torch.rand(2, device=device) + 1, *us, *vs])
+    torch.library.opcheck(op.backward.dispatched, (grads, weights, found, backend))
 
 
 @not_interpreting

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import op, reference
+from ..._direct import goes_unseen
+from . import cpu, op, reference, vectors
 
 
 class NotFinite(ValueError):
@@ -67,22 +68,28 @@ def spectral_normalize(
         TypeError: if something is not a list of floating point tensors of one dtype, or not a number.
         RuntimeError: if ``backend`` was given and can't serve the call.
     """
-    _check(weights, us, vs, n_power_iterations, eps, semantics)
+    chosen = _serving(backend, weights, us, vs, n_power_iterations, eps, update, semantics)
     if not weights:
         return []
-    weights, us, vs = list(weights), list(us), list(vs)
-    options = {"n_power_iterations": n_power_iterations, "eps": eps, "update": update, "semantics": semantics}
-    chosen = op.choices.pick(weights[0].device, backend, weights, us, vs, **options)
+    update = update and n_power_iterations > 0
     if chosen == "reference":
         out, new_us, new_vs, sigmas = reference.spectral_normalize(weights, us, vs, n_power_iterations, eps, semantics)
     else:
-        out, new_us, new_vs, sigmas = op.forward(weights, us, vs, n_power_iterations, eps, semantics, chosen)
+        out, found = op.forward(weights, us, vs, n_power_iterations, eps, semantics, chosen)
+        if chosen == "cpu" and goes_unseen(us, vs, found):
+            place = cpu.first_not_finite(found, len(weights))
+            if place is not None:
+                raise NotFinite(place, found[place].item(), f"weights[{place}]")
+            if update:
+                cpu.replace(us, vs, found)
+            return out
+        sigmas, new_us, new_vs = vectors.parts(found, weights)
     # On a GPU to look would be to wait for it.
     if sigmas.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_finite(sigmas)
-    if update and n_power_iterations > 0:
+    if update:
         with torch.no_grad():
-            torch._foreach_copy_(us + vs, new_us + new_vs)
+            torch._foreach_copy_([*us, *vs], [*new_us, *new_vs])
     return out
 
 
@@ -92,10 +99,11 @@ def _check_finite(sigmas: Tensor) -> None:
             raise NotFinite(index, sigma, f"weights[{index}]")
 
 
-def _check(
-    weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], n_power_iterations: int, eps: float,
-    semantics: str,
-) -> None:  # fmt: skip
+@op.choices.serving
+def _serving(
+    backend: str | None, weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor],
+    n_power_iterations: int, eps: float, update: bool, semantics: str,
+) -> str:  # fmt: skip
     for name, tensors in (("weights", weights), ("us", us), ("vs", vs)):
         if not isinstance(tensors, (list, tuple)):
             raise TypeError(f"{name} must be a list of tensors, got {type(tensors).__name__}")
@@ -129,3 +137,12 @@ def _check(
         raise ValueError(f"eps must be finite and not negative, got {eps}")
     if semantics not in op.SEMANTICS:
         raise ValueError(f"semantics must be 'torch' or 'biggan', got {semantics!r}")
+    if update and n_power_iterations > 0:
+        for name, vectors_of_it in (("us", us), ("vs", vs)):
+            for i, vector in enumerate(vectors_of_it):
+                if vector.stride(0) == 0 and len(vector) > 1:
+                    raise ValueError(f"{name}[{i}] is written to and must not be expanded, got a stride of 0")
+    if not weights:
+        return "reference"
+    options = {"n_power_iterations": n_power_iterations, "eps": eps, "update": update, "semantics": semantics}
+    return op.choices.pick(weights[0].device, backend, weights, us, vs, **options)
