@@ -4,9 +4,11 @@
 #include <cmath>
 #include <numeric>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "bindings.h"
+#include "cpu/buffer.h"
 #include "cpu/dispatch.h"
 #include "tensors.h"
 #include "threads.h"
@@ -19,12 +21,12 @@ namespace py = pybind11;
 
 using Tensors = std::vector<Tensor>;
 
-// What the power method has found of a list of weights, as vectors.py lays it out: in one tensor sigmas, then the left
-// vectors, then the right ones.
+// What the power method finds of a list of weights, as vectors.py lays it out: sigmas, then the left vectors, then the
+// right ones.
 template <typename A>
 class Found {
  public:
-  Found(const Tensor& vectors, const Tensors& weights) : sigmas(vectors.data<A>()), u_(sigmas + weights.size()), v_(u_) {
+  Found(A* numbers, const Tensors& weights) : sigmas(numbers), u_(sigmas + weights.size()), v_(u_) {
     for (const Tensor& weight : weights) v_ += weight.size(0);
   }
 
@@ -140,28 +142,86 @@ int threads_for(const Tensors& weights, int available) {
   return gdl::threads_for(elements, available);
 }
 
+// How to look for the largest singular values.
+struct Method {
+  int iterations;
+  bool v_first;
+  double eps;
+};
+
+// Fills `out` and what is found.
+template <typename T, typename A = accumulator_t<T>>
+void normalize(const Tensors& out, Found<A> found, const Tensors& weights, const Tensors& us, const Tensors& vs,
+               const Method& method, int threads) {
+  Reader<A> reader;
+  std::vector<Matrix> read;
+  std::vector<SpectralMatrix<T>> matrices;
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    const Matrix& m = read.emplace_back(reader.matrix(weights[i]));
+    matrices.push_back({m.shape, m.tensor.data<const T>(), out[i].data<T>(), reader.numbers(us[i]),
+                        reader.numbers(vs[i], m), found.next_u(m.shape), found.next_v(m.shape)});
+  }
+  const py::gil_scoped_release without_gil;
+  spectral_normalize_forward<T>(matrices, method.iterations, method.v_first, method.eps, found.sigmas,
+                                threads_for(weights, threads));
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    const std::vector<int64_t>& columns = read[i].columns;
+    const std::vector<A> there(matrices[i].new_v, matrices[i].new_v + columns.size());
+    for (std::size_t j = 0; j < columns.size(); ++j) matrices[i].new_v[columns[j]] = there[j];
+  }
+}
+
+// A place in the list of weights, and the sigma there, which is not finite.
+using NotFinite = std::optional<std::pair<int64_t, double>>;
+
+// What is found takes the place of what was given, rounded to its dtype, if `update` and all sigmas are finite.
+template <typename A>
+NotFinite finish(const A* found, const Tensors& us, const Tensors& vs, bool update) {
+  for (std::size_t i = 0; i < us.size(); ++i)
+    if (!std::isfinite(found[i])) return std::pair<int64_t, double>(i, found[i]);
+  if (!update) return std::nullopt;
+  const A* from = found + us.size();
+  for (const Tensors* side : {&us, &vs}) {
+    for (const Tensor& vector : *side) {
+      dispatch(vector.dtype_name(), [&](auto type) {
+        using U = typename decltype(type)::type;
+        U* to = vector.data<U>();
+        for (int64_t i = 0; i < vector.size(0); ++i)
+          to[i * vector.stride(0)] = from_accumulator<U>(static_cast<accumulator_t<U>>(from[i]));
+      });
+      from += vector.size(0);
+    }
+  }
+  return std::nullopt;
+}
+
 void forward(const Tensors& out, const Tensor& vectors, const Tensors& weights, const Tensors& us, const Tensors& vs,
              int iterations, bool v_first, double eps, int threads) {
   dispatch(weights[0].dtype_name(), [&](auto type) {
     using T = typename decltype(type)::type;
-    using A = accumulator_t<T>;
-    Found<A> found(vectors, weights);
-    Reader<A> reader;
-    std::vector<Matrix> read;
-    std::vector<SpectralMatrix<T>> matrices;
-    for (std::size_t i = 0; i < weights.size(); ++i) {
-      const Matrix& m = read.emplace_back(reader.matrix(weights[i]));
-      matrices.push_back({m.shape, m.tensor.data<const T>(), out[i].data<T>(), reader.numbers(us[i]),
-                          reader.numbers(vs[i], m), found.next_u(m.shape), found.next_v(m.shape)});
-    }
-    const py::gil_scoped_release without_gil;
-    spectral_normalize_forward<T>(matrices, iterations, v_first, eps, found.sigmas, threads_for(weights, threads));
-    for (std::size_t i = 0; i < weights.size(); ++i) {
-      const std::vector<int64_t>& columns = read[i].columns;
-      const std::vector<A> there(matrices[i].new_v, matrices[i].new_v + columns.size());
-      for (std::size_t j = 0; j < columns.size(); ++j) matrices[i].new_v[columns[j]] = there[j];
-    }
+    normalize<T>(out, {vectors.data<accumulator_t<T>>(), weights}, weights, us, vs, {iterations, v_first, eps}, threads);
   });
+}
+
+NotFinite finish_forward(const Tensor& vectors, const Tensors& us, const Tensors& vs, bool update) {
+  const bool is_double = vectors.dtype().bits == 64;
+  return is_double ? finish(vectors.data<double>(), us, vs, update) : finish(vectors.data<float>(), us, vs, update);
+}
+
+// All of it, where nobody will ask for what was found.
+NotFinite forward_and_finish(const Tensors& out, const Tensors& weights, const Tensors& us, const Tensors& vs,
+                             int iterations, bool v_first, double eps, bool update, int threads) {
+  NotFinite not_finite;
+  dispatch(weights[0].dtype_name(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    int64_t length = weights.size();
+    for (const Tensors* side : {&us, &vs})
+      for (const Tensor& vector : *side) length += vector.numel();
+    const Buffer<accumulator_t<T>> found = make_buffer<accumulator_t<T>>(length);
+    normalize<T>(out, {found.get(), weights}, weights, us, vs, {iterations, v_first, eps}, threads);
+    not_finite = finish(found.get(), us, vs, update);
+  });
+  return not_finite;
 }
 
 void backward(const Tensors& grad_weights, const Tensors& grads, const Tensors& weights, const Tensor& vectors,
@@ -169,7 +229,7 @@ void backward(const Tensors& grad_weights, const Tensors& grads, const Tensors& 
   dispatch(weights[0].dtype_name(), [&](auto type) {
     using T = typename decltype(type)::type;
     using A = accumulator_t<T>;
-    Found<A> found(vectors, weights);
+    Found<A> found(vectors.data<A>(), weights);
     Reader<A> reader;
     std::vector<SpectralGradient<T>> matrices;
     for (std::size_t i = 0; i < weights.size(); ++i) {
@@ -184,40 +244,11 @@ void backward(const Tensors& grad_weights, const Tensors& grads, const Tensors& 
   });
 }
 
-// The first of `count` sigmas that is not finite, if one is.
-std::optional<int64_t> first_not_finite(const Tensor& vectors, int64_t count) {
-  std::optional<int64_t> first;
-  dispatch(vectors.dtype_name(), [&](auto type) {
-    const auto* sigmas = vectors.data<const typename decltype(type)::type>();
-    for (int64_t i = 0; i < count && !first; ++i)
-      if (!std::isfinite(to_accumulator(sigmas[i]))) first = i;
-  });
-  return first;
-}
-
-// What was found takes the place of what was given: rounded to its dtype.
-void replace(const Tensors& us, const Tensors& vs, const Tensor& vectors) {
-  dispatch(vectors.dtype_name(), [&](auto type) {
-    const auto* from = vectors.data<const typename decltype(type)::type>() + us.size();
-    for (const Tensors* side : {&us, &vs}) {
-      for (const Tensor& vector : *side) {
-        dispatch(vector.dtype_name(), [&](auto narrow) {
-          using U = typename decltype(narrow)::type;
-          U* to = vector.data<U>();
-          for (int64_t i = 0; i < vector.size(0); ++i)
-            to[i * vector.stride(0)] = from_accumulator<U>(static_cast<accumulator_t<U>>(to_accumulator(from[i])));
-        });
-        from += vector.size(0);
-      }
-    }
-  });
-}
-
 const Binding binding([](py::module_& module) {
   module.def("spectral_normalize_forward", &forward);
+  module.def("spectral_normalize_finish", &finish_forward);
+  module.def("spectral_normalize_forward_and_finish", &forward_and_finish);
   module.def("spectral_normalize_backward", &backward);
-  module.def("spectral_normalize_first_not_finite", &first_not_finite);
-  module.def("spectral_normalize_replace", &replace);
 });
 
 }  // namespace

@@ -38,8 +38,11 @@ _AUTOGRAD = DispatchKey.AutogradFunctionality
 
 _TENSOR_LIST = "List[Tensor]"
 
-#: Verdicts of ``look``, in csrc/bindings_cpu_calls.cpp, on a call's arguments.
-_DISPATCH, _WITH_GRADIENT = 0, 2
+#: How a call goes: through the dispatcher, past it, or past it with a gradient.
+DISPATCHED, DIRECT, DIRECT_WITH_GRADIENT = range(3)
+
+_cpu, _ = _native.cpu()
+_look = _cpu.look if _cpu is not None else None
 
 
 def direct(
@@ -65,44 +68,41 @@ def direct(
     if save is not None and gradient is not None:
         differentiable = _differentiable_with_lists if _TENSOR_LIST in types + outputs else _differentiable
         with_gradient = differentiable(dispatched, implementation, save, gradient)
-    native, _ = _native.cpu()
-    look = native.look if native is not None else None
 
     def call(*args: Any) -> Any:
-        if _is_compiling():
-            return dispatched(*args)
-        if forward_ad._current_level >= 0:
-            _refuse_tangents(schema.name, args)
-        if look is None or _something_is_on():
-            return dispatched(*args)
-        verdict = look(args, _gradients_are_on())
-        if verdict == _DISPATCH:
+        way = way_of(schema.name, args)
+        if way == DISPATCHED:
             return dispatched(*args)
         for place in floats:
             if type(args[place]) is not float:  # the dispatcher too makes it one
                 args = (*args[:place], float(args[place]), *args[place + 1 :])
-        if verdict == _WITH_GRADIENT and not _excluded(_AUTOGRAD):
-            return with_gradient(*args)
-        return implementation(*args)
+        return with_gradient(*args) if way == DIRECT_WITH_GRADIENT else implementation(*args)
 
     call.dispatched = dispatched  # type: ignore[attr-defined]
     return call
 
 
-def goes_unseen(*args: Any) -> bool:
-    """Whether nothing would see what torch does with these arguments: then native code may do it in its place."""
-    if _is_compiling() or _something_is_on():
-        return False
-    native, _ = _native.cpu()
-    return native is not None and native.look(args, False) != _DISPATCH
+def way_of(name: str, args: tuple[Any, ...]) -> int:
+    """How a call of an op goes with its arguments, the last of which is the backend's name.
 
+    If not through the dispatcher, nothing looks at what is done with them, and their memory is where the tensors are.
 
-def _something_is_on() -> bool:
-    return (
-        _included().raw_repr() | _NOT_IN_INFERENCE != _NOTHING_ON
+    Raises:
+        NotImplementedError: if an argument has a tangent.
+    """
+    if _is_compiling():
+        return DISPATCHED
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(name, args)
+    if (
+        _look is None
+        or _included().raw_repr() | _NOT_IN_INFERENCE != _NOTHING_ON
         or _function_mode_is_on()
         or _profiler_is_on()
-    )
+    ):
+        return DISPATCHED
+    way: int = _look(args, _gradients_are_on())  # csrc/bindings_cpu_calls.cpp
+    return DIRECT if way == DIRECT_WITH_GRADIENT and _excluded(_AUTOGRAD) else way
 
 
 def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..._direct import goes_unseen
+from ..._direct import DIRECT, DISPATCHED, way_of
 from . import cpu, op, reference, vectors
 
 
@@ -72,17 +72,23 @@ def spectral_normalize(
     if not weights:
         return []
     update = update and n_power_iterations > 0
-    if chosen == "reference":
-        out, new_us, new_vs, sigmas = reference.spectral_normalize(weights, us, vs, n_power_iterations, eps, semantics)
-    else:
-        out, found = op.forward(weights, us, vs, n_power_iterations, eps, semantics, chosen)
-        if chosen == "cpu" and goes_unseen(us, vs, found):
-            place = cpu.first_not_finite(found, len(weights))
-            if place is not None:
-                raise NotFinite(place, found[place].item(), f"weights[{place}]")
-            if update:
-                cpu.replace(us, vs, found)
+    call = weights, us, vs, n_power_iterations, eps, semantics
+    if chosen == "cpu":
+        way = way_of("gdl_kernels::spectral_normalize", (weights, us, vs, chosen))
+        if way != DISPATCHED:
+            if way == DIRECT:
+                out = [torch.empty_like(w) for w in weights]
+                not_finite = cpu.forward_and_finish(out, *call, update)
+            else:
+                out, found = op.forward(*call, chosen)
+                not_finite = cpu.finish(found, us, vs, update)
+            if not_finite:
+                raise NotFinite(*not_finite, f"weights[{not_finite[0]}]")
             return out
+    if chosen == "reference":
+        out, new_us, new_vs, sigmas = reference.spectral_normalize(*call)
+    else:
+        out, found = op.forward(*call, chosen)
         sigmas, new_us, new_vs = vectors.parts(found, weights)
     # On a GPU to look would be to wait for it.
     if sigmas.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -10,6 +10,9 @@ from torch.autograd.graph import increment_version
 
 from ... import _native
 
+#: A place in the list of weights, and the sigma there, which is not finite; None if all are.
+NotFinite = tuple[int, float] | None
+
 
 def forward(
     outputs: tuple[list[Tensor], Tensor], weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor],
@@ -18,6 +21,29 @@ def forward(
     _native.cpu_module().spectral_normalize_forward(
         *outputs, weights, us, vs, n_power_iterations, semantics == "biggan", eps, torch.get_num_threads()
     )
+
+
+def finish(found: Tensor, us: Sequence[Tensor], vs: Sequence[Tensor], update: bool) -> NotFinite:
+    """Unless there is a sigma that is not finite, write what was found to ``us`` and ``vs`` if they are to be updated."""
+    not_finite = _native.cpu_module().spectral_normalize_finish(found, us, vs, update)
+    return not_finite or _updated(us, vs, update)
+
+
+def forward_and_finish(
+    out: list[Tensor], weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], n_power_iterations: int,
+    eps: float, semantics: str, update: bool,
+) -> NotFinite:  # fmt: skip
+    """Both, where nothing but the normalised weights is asked for: to allocate the rest costs as much as a small kernel."""
+    _native.cpu_module().prefer_huge_pages(out)
+    not_finite = _native.cpu_module().spectral_normalize_forward_and_finish(
+        out, weights, us, vs, n_power_iterations, semantics == "biggan", eps, update, torch.get_num_threads()
+    )
+    return not_finite or _updated(us, vs, update)
+
+
+def _updated(us: Sequence[Tensor], vs: Sequence[Tensor], update: bool) -> None:
+    if update:
+        increment_version([*us, *vs])  # autograd does not know what kernels write
 
 
 def backward(
