@@ -11,7 +11,7 @@ which the CPU's kernels come: without them every call is the dispatcher's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -45,21 +45,32 @@ _cpu, _ = _native.cpu()
 _look = _cpu.look if _cpu is not None else None
 
 
+class Op(Protocol):
+    """An op to be called with positional arguments.
+
+    Attributes:
+        dispatched: as torch knows it.
+        by: ``by(way, args)`` is the call whose way is known.
+    """
+
+    dispatched: torch._ops.OpOverload
+    by: Callable[[int, tuple[Any, ...]], Any]
+
+    def __call__(self, *args: Any) -> Any: ...
+
+
 def direct(
     dispatched: torch._ops.OpOverload,
     implementation: Callable[..., Any],
     save: Callable[..., Any] | None,
     gradient: Callable[..., Any] | None,
-) -> Callable[..., Any]:
-    """An op to be called with positional arguments: by its implementation where it can be, else as torch dispatches it.
+) -> Op:
+    """An op that is called by its implementation where it can be, else as torch dispatches it.
 
     Args:
         dispatched: the registered op.
         implementation: what computes it from the same arguments.
         save, gradient: as in :func:`gdl_kernels._registration.register`.
-
-    Returns:
-        The op; its attribute ``dispatched`` is the registered one.
     """
     schema = dispatched._schema
     types, outputs = ([str(t.type) for t in side] for side in (schema.arguments, schema.returns))
@@ -69,8 +80,7 @@ def direct(
         differentiable = _differentiable_with_lists if _TENSOR_LIST in types + outputs else _differentiable
         with_gradient = differentiable(dispatched, implementation, save, gradient)
 
-    def call(*args: Any) -> Any:
-        way = way_of(schema.name, args)
+    def by(way: int, args: tuple[Any, ...]) -> Any:
         if way == DISPATCHED:
             return dispatched(*args)
         for place in floats:
@@ -78,8 +88,12 @@ def direct(
                 args = (*args[:place], float(args[place]), *args[place + 1 :])
         return with_gradient(*args) if way == DIRECT_WITH_GRADIENT else implementation(*args)
 
-    call.dispatched = dispatched  # type: ignore[attr-defined]
-    return call
+    def call(*args: Any) -> Any:
+        return by(way_of(schema.name, args), args)
+
+    op = cast(Op, call)
+    op.dispatched, op.by = dispatched, by
+    return op
 
 
 def way_of(name: str, args: tuple[Any, ...]) -> int:
@@ -142,31 +156,42 @@ def _differentiable_with_lists(
     schema = dispatched._schema
     takes, gives = ([str(t.type) == _TENSOR_LIST for t in side] for side in (schema.arguments, schema.returns))
 
-    def forward(ctx: Any, lists: _Lists, *flat: Any) -> tuple[Any, ...]:
-        args = _nested(flat, lists.args)
+    def forward(ctx: Any, lists: _Lists, args: tuple[Any, ...], *_flat: Any) -> tuple[Any, ...]:
         out = implementation(*args)
         save(ctx, args, out)
         flat_out, lists.outputs = _flattened(out if len(gives) > 1 else (out,), gives)
-        ctx.lists = lists
-        needed = zip(_nested(ctx.needs_input_grad[1:], lists.args), lists.unseen)
-        ctx.needs_input_grad = tuple([needs if count is None else [False] * count for needs, count in needed])
+        ctx.lists, ctx.needs_input_grad = lists, lists.needed
         return tuple(flat_out)
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        lists = ctx.lists
-        found = gradient(ctx, *_nested(grads, lists.outputs))
-        found = found if len(takes) > 1 else (found,)
-        found = [grad if count is None else None for grad, count in zip(found, lists.unseen)]
-        return None, *_flattened(found, [length is not None for length in lists.args])[0]
+        found = gradient(ctx, *_nested(grads, ctx.lists.outputs))
+        flat: list[Any] = [None, None]
+        for grad, is_list, length in zip(found if len(takes) > 1 else (found,), takes, ctx.lists.args):
+            if length is None:
+                flat.append(None if is_list else grad)
+            else:
+                flat += grad
+        return tuple(flat)
 
     apply = _apply(dispatched, forward, backward)
 
     def call(*args: Any) -> Any:
         lists = _Lists()
-        seen = [is_list and any(t.requires_grad for t in arg) for arg, is_list in zip(args, takes)]
-        lists.unseen = [len(arg) if is_list and not flat else None for arg, is_list, flat in zip(args, takes, seen)]
-        flat_args, lists.args = _flattened(args, seen)
-        out = _nested(apply(lists, *flat_args), lists.outputs)
+        flat: list[Any] = []
+        for arg, is_list in zip(args, takes):
+            length = None
+            if is_list:
+                needed = [t.requires_grad for t in arg]
+                lists.needed.append(needed)
+                if True in needed:
+                    flat += arg
+                    length = len(arg)
+            else:
+                lists.needed.append(isinstance(arg, Tensor) and arg.requires_grad)
+            if length is None:
+                flat.append(arg)
+            lists.args.append(length)
+        out = _nested(apply(lists, args, *flat), lists.outputs)
         return out if len(gives) > 1 else out[0]
 
     return call
@@ -187,13 +212,15 @@ class _Lists:
 
     Attributes:
         args: of each argument how many tensors it is laid out as, None for one that is passed as it is.
-        unseen: of each list that autograd does not look into how many tensors it has, else None.
+        needed: of each argument whether it requires a gradient, of a list which of its tensors do.
         outputs: as ``args``, once the outputs are there.
     """
 
-    args: list[int | None]
-    unseen: list[int | None]
     outputs: list[int | None]
+
+    def __init__(self) -> None:
+        self.args: list[int | None] = []
+        self.needed: list[bool | list[bool]] = []
 
 
 def _flattened(values: Sequence[Any], lists: Sequence[bool]) -> tuple[list[Any], list[int | None]]:

@@ -80,7 +80,7 @@ def spectral_normalize(
                 out = [torch.empty_like(w) for w in weights]
                 not_finite = cpu.forward_and_finish(out, *call, update)
             else:
-                out, found = op.forward(*call, chosen)
+                out, found = op.forward.by(way, (*call, chosen))
                 not_finite = cpu.finish(found, us, vs, update)
             if not_finite:
                 raise NotFinite(*not_finite, f"weights[{not_finite[0]}]")

@@ -24,26 +24,31 @@ def forward(
 
 
 def finish(found: Tensor, us: Sequence[Tensor], vs: Sequence[Tensor], update: bool) -> NotFinite:
-    """Unless there is a sigma that is not finite, write what was found to ``us`` and ``vs`` if they are to be updated."""
-    not_finite = _native.cpu_module().spectral_normalize_finish(found, us, vs, update)
-    return not_finite or _updated(us, vs, update)
+    """After forward: write the new vectors to ``us`` and ``vs`` if they are to be updated and all sigmas are finite."""
+    not_finite: NotFinite = _native.cpu_module().spectral_normalize_finish(found, us, vs, update)
+    if update and not not_finite:
+        _tell_autograd(us, vs)
+    return not_finite
 
 
 def forward_and_finish(
     out: list[Tensor], weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], n_power_iterations: int,
     eps: float, semantics: str, update: bool,
 ) -> NotFinite:  # fmt: skip
-    """Both, where nothing but the normalised weights is asked for: to allocate the rest costs as much as a small kernel."""
-    _native.cpu_module().prefer_huge_pages(out)
-    not_finite = _native.cpu_module().spectral_normalize_forward_and_finish(
+    """Both, where nobody else asks for what was found: it takes memory of its own, not a tensor."""
+    native = _native.cpu_module()
+    native.prefer_huge_pages(out)
+    not_finite: NotFinite = native.spectral_normalize_forward_and_finish(
         out, weights, us, vs, n_power_iterations, semantics == "biggan", eps, update, torch.get_num_threads()
     )
-    return not_finite or _updated(us, vs, update)
+    if update and not not_finite:
+        _tell_autograd(us, vs)
+    return not_finite
 
 
-def _updated(us: Sequence[Tensor], vs: Sequence[Tensor], update: bool) -> None:
-    if update:
-        increment_version([*us, *vs])  # autograd does not know what kernels write
+def _tell_autograd(us: Sequence[Tensor], vs: Sequence[Tensor]) -> None:
+    """They were changed in place: who has saved them for a gradient must not use them."""
+    increment_version([*us, *vs])
 
 
 def backward(

@@ -72,7 +72,9 @@ def _unit(length: int) -> Tensor:
 choices = _backends.add_op("spectral_normalize", {"cpu": _cpu_reasons, "triton": _triton_reasons}, _examples)
 
 
-def _outputs(weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], *_: Any) -> tuple[list[Tensor], Tensor]:
+def _outputs(
+    weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], *_: Any
+) -> tuple[list[Tensor], Tensor]:
     """The normalised weights, and what was found on the way."""
     return [torch.empty_like(w) for w in weights], vectors.empty(weights, us, vs)
 
