@@ -36,6 +36,7 @@ _NOTHING_ON = DispatchKeySet(DispatchKey.BackendSelect).raw_repr() | _NOT_IN_INF
 #: What the dispatcher leaves out of them in inference mode, and inside the kernel of an op, which gradients are above.
 _AUTOGRAD = DispatchKey.AutogradFunctionality
 
+_TENSORS = ("Tensor", "Optional[Tensor]")
 _TENSOR_LIST = "List[Tensor]"
 
 #: How a call goes: through the dispatcher, past it, or past it with a gradient.
@@ -154,7 +155,8 @@ def _differentiable_with_lists(
     So lists are laid out flat, but for those of which nothing requires a gradient: autograd does not look into them.
     """
     schema = dispatched._schema
-    takes, gives = ([str(t.type) == _TENSOR_LIST for t in side] for side in (schema.arguments, schema.returns))
+    types = [str(t.type) for t in schema.arguments]
+    gives = [str(t.type) == _TENSOR_LIST for t in schema.returns]
 
     def forward(ctx: Any, lists: _Lists, args: tuple[Any, ...], *_flat: Any) -> tuple[Any, ...]:
         out = implementation(*args)
@@ -166,9 +168,9 @@ def _differentiable_with_lists(
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         found = gradient(ctx, *_nested(grads, ctx.lists.outputs))
         flat: list[Any] = [None, None]
-        for grad, is_list, length in zip(found if len(takes) > 1 else (found,), takes, ctx.lists.args):
+        for grad, kind, length in zip(found if len(types) > 1 else (found,), types, ctx.lists.args):
             if length is None:
-                flat.append(None if is_list else grad)
+                flat.append(None if kind == _TENSOR_LIST else grad)
             else:
                 flat += grad
         return tuple(flat)
@@ -178,16 +180,16 @@ def _differentiable_with_lists(
     def call(*args: Any) -> Any:
         lists = _Lists()
         flat: list[Any] = []
-        for arg, is_list in zip(args, takes):
+        for arg, kind in zip(args, types):
             length = None
-            if is_list:
+            if kind == _TENSOR_LIST:
                 needed = [t.requires_grad for t in arg]
                 lists.needed.append(needed)
                 if True in needed:
                     flat += arg
                     length = len(arg)
             else:
-                lists.needed.append(isinstance(arg, Tensor) and arg.requires_grad)
+                lists.needed.append(kind in _TENSORS and arg is not None and arg.requires_grad)
             if length is None:
                 flat.append(arg)
             lists.args.append(length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,15 +77,7 @@ def spectral_normalize(
     if chosen == "cpu":
         way = way_of("gdl_kernels::spectral_normalize", (weights, us, vs, chosen))
         if way != DISPATCHED:
-            if way == DIRECT:
-                out = [torch.empty_like(w) for w in weights]
-                not_finite = cpu.forward_and_finish(out, *call, update)
-            else:
-                out, found = op.forward.by(way, (*call, chosen))
-                not_finite = cpu.finish(found, us, vs, update)
-            if not_finite:
-                raise NotFinite(*not_finite, f"weights[{not_finite[0]}]")
-            return out
+            return _past_the_dispatcher(way, call, update)
     if chosen == "reference":
         out, new_us, new_vs, sigmas = reference.spectral_normalize(*call)
     else:
@@ -96,6 +89,21 @@ def spectral_normalize(
     if update:
         with torch.no_grad():
             torch._foreach_copy_([*us, *vs], [*new_us, *new_vs])
+    return out
+
+
+def _past_the_dispatcher(way: int, call: tuple[Any, ...], update: bool) -> list[Tensor]:
+    """The same on tensors whose memory nobody else looks after: without views of what was found, or ops to copy it."""
+    weights, us, vs, *_ = call
+    if way == DIRECT:
+        out = list(map(torch.empty_like, weights))
+        not_finite = cpu.forward_and_finish(out, *call, update=update)
+    else:
+        out, found = op.forward.by(way, (*call, "cpu"))
+        not_finite = cpu.finish(found, us, vs, update)
+    if not_finite:
+        place, sigma = not_finite
+        raise NotFinite(place, sigma, f"weights[{place}]")
     return out
 
 

@@ -33,7 +33,7 @@ def finish(found: Tensor, us: Sequence[Tensor], vs: Sequence[Tensor], update: bo
 
 def forward_and_finish(
     out: list[Tensor], weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], n_power_iterations: int,
-    eps: float, semantics: str, update: bool,
+    eps: float, semantics: str, *, update: bool,
 ) -> NotFinite:  # fmt: skip
     """Both, where nobody else asks for what was found: it takes memory of its own, not a tensor."""
     native = _native.cpu_module()
@@ -55,14 +55,3 @@ def backward(
     grad_weights: list[Tensor], grads: list[Tensor], weights: list[Tensor], vectors: Tensor, _backend: str
 ) -> None:
     _native.cpu_module().spectral_normalize_backward(grad_weights, grads, weights, vectors, torch.get_num_threads())
-
-
-def first_not_finite(vectors: Tensor, count: int) -> int | None:
-    """Which of the first ``count`` numbers, the sigmas, is the first that is infinite or NaN."""
-    return _native.cpu_module().spectral_normalize_first_not_finite(vectors, count)
-
-
-def replace(us: Sequence[Tensor], vs: Sequence[Tensor], vectors: Tensor) -> None:
-    """Write the new vectors to the given ones, in place."""
-    increment_version([*us, *vs])
-    _native.cpu_module().spectral_normalize_replace(us, vs, vectors)
