@@ -22,6 +22,7 @@ from torch.nn import functional as F
 import gdl_kernels
 from gdl_kernels import _backends, _native, adain, adain_from_style, nn, style_epilogue
 from gdl_kernels.ops.adain import op
+from gdl_kernels.ops.adain_from_style import op as from_style
 from gdl_kernels.ops.style_epilogue import reference
 from tests.accuracy import assert_accurate
 from tests.ops.images import DTYPES, GPU, MEMORY, images, random
@@ -451,13 +452,14 @@ def test_registration(backend: str, memory: str) -> None:
     for prologue in ((None, None, None, None, 1.0), given, drawn):
         call = (*prologue, 1e-5, backend)
         torch.library.opcheck(op.forward.dispatched, (x, scale, bias, *call))
-        y, mean, rstd = op.forward(x.detach(), scale.detach(), bias.detach(), *call)
-        arguments = (torch.randn_like(y).requires_grad_(), x, scale, mean, rstd, *call)
+        y, statistics = op.forward(x.detach(), scale.detach(), bias.detach(), *call)
+        arguments = (torch.randn_like(y).requires_grad_(), x, scale, statistics, *call)
         torch.library.opcheck(op.backward.dispatched, arguments)
         v = torch.randn_like(y), *torch.randn(4, 2, 3, device=device)
         inference = [t.detach() if isinstance(t, Tensor) else t for t in arguments]
         torch.library.opcheck(op.double_backward.dispatched, (*v, *inference))
-    torch.library.opcheck(op.statistics.dispatched, (x, 1e-5, backend))
+    style = random((2, 3, 7), torch.float32, device).requires_grad_()
+    torch.library.opcheck(from_style.forward.dispatched, (x, style, 1e-5, backend))
 
 
 @pytest.mark.parametrize("backend", KERNELS)

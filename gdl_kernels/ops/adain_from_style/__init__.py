@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..._arguments import check_planes, check_positive
-from ..adain.op import forward, statistics
 from . import op, reference
 
 
@@ -30,6 +29,14 @@ def adain_from_style(content: Tensor, style: Tensor, *, eps: float = 1e-5, backe
         TypeError: if a tensor is not floating point, or the dtypes differ.
         RuntimeError: if ``backend`` was given and can't serve the call.
     """
+    chosen = _serving(backend, content, style, eps)
+    if chosen == "reference":
+        return reference.adain_from_style(content, style, eps)
+    return op.forward(content, style, eps, chosen)[0]
+
+
+@op.choices.serving
+def _serving(backend: str | None, content: Tensor, style: Tensor, eps: float) -> str:
     check_planes("content", content)
     check_planes("style", style)
     if style.dtype != content.dtype:
@@ -42,8 +49,4 @@ def adain_from_style(content: Tensor, style: Tensor, *, eps: float = 1e-5, backe
     if style.device != content.device:
         raise ValueError(f"style must be on the device of content, {content.device}, got {style.device}")
     check_positive("eps", eps)
-    chosen = op.choices.pick(content.device, backend, content, style, eps=eps)
-    if chosen == "reference":
-        return reference.adain_from_style(content, style, eps)
-    mean, deviation = statistics(style, eps, chosen)
-    return forward(content, deviation, mean, None, None, None, None, 1.0, eps, chosen)[0]
+    return op.choices.pick(content.device, backend, content, style, eps=eps)
