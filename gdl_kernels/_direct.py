@@ -14,7 +14,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 from . import _native
 
@@ -66,9 +69,12 @@ def direct(
     look = native.look if native is not None else None
 
     def call(*args: Any) -> Any:
+        if _is_compiling():
+            return dispatched(*args)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(schema.name, args)
         if (
-            _is_compiling()
-            or look is None
+            look is None
             or _included().raw_repr() | _NOT_IN_INFERENCE != _NOTHING_ON
             or _function_mode_is_on()
             or _profiler_is_on()
@@ -86,6 +92,16 @@ def direct(
 
     call.dispatched = dispatched  # type: ignore[attr-defined]
     return call
+
+
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """In forward mode an op without a formula would be taken for a constant."""
+    for tensor in tree_leaves(args):
+        if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{name} has no forward-mode derivative on the backend {args[-1]!r}: use backend='reference' there, "
+                "or differentiate backwards"
+            )
 
 
 def _differentiable(
