@@ -22,7 +22,7 @@ class PrologueReader {
     const auto& [noise, seed, weight, bias, slope] = arguments;
     const Images& images = reader.images();
     prologue_ = {noise || seed || bias || slope != 1, reader.numbers<const T>(noise), images.pixels,
-                 reader.numbers<const T>(weight), reader.numbers<const T>(bias), static_cast<T>(slope)};
+                 reader.numbers<const T>(weight),     reader.numbers<const T>(bias),  static_cast<T>(slope)};
     if (noise && noise->size(0) == 1) prologue_.image = 0;
     if (!seed) return;
     drawn_ = make_buffer<T>(images.count * images.pixels);
@@ -99,8 +99,8 @@ void double_backward(const Tensor& grad_grad, const Tensor& grad_x, const std::a
                                    reader.numbers<const T>(directions[2]), reader.numbers<const T>(directions[3])};
     const PlaneGradients<T> planes{gradients[0].data<T>(), nullptr, gradients[1].data<T>(), gradients[2].data<T>()};
     const pybind11::gil_scoped_release without_gil;
-    adain_double_backward<E>(reader.images(), *before, v_lines, given, grad_lines, x_lines, modulation,
-                             grad_grad_lines, grad_x_lines, planes, reader.threads(threads));
+    adain_double_backward<E>(reader.images(), *before, v_lines, given, grad_lines, x_lines, modulation, grad_grad_lines,
+                             grad_x_lines, planes, reader.threads(threads));
   });
 }
 

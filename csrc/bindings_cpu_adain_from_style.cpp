@@ -14,7 +14,8 @@ void forward(const Tensor& y, const Tensor& of_style, const Tensor& of_content, 
   dispatch(y.dtype_name(), [&](auto type) {
     using E = typename decltype(type)::type;
     using T = accumulator_t<E>;
-    const Lines<const E> content_lines = reader.lines<const E>(content), style_lines = style_reader.lines<const E>(style);
+    const Lines<const E> content_lines = reader.lines<const E>(content);
+    const Lines<const E> style_lines = style_reader.lines<const E>(style);
     const Lines<E> y_lines = reader.lines<E>(y);
     T *const bias = of_style.data<T>(), *const scale = bias + planes;
     T *const mean = of_content.data<T>(), *const rstd = mean + planes;

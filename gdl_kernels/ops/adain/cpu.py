@@ -24,9 +24,7 @@ def backward(
 ) -> None:  # fmt: skip
     dx, *gradients = outputs
     prologue = noise, seed, noise_weight, channel_bias, negative_slope
-    _native.cpu_module().adain_backward(
-        dx, gradients, grad, x, scale, statistics, prologue, torch.get_num_threads()
-    )
+    _native.cpu_module().adain_backward(dx, gradients, grad, x, scale, statistics, prologue, torch.get_num_threads())
 
 
 def double_backward(

@@ -179,8 +179,7 @@ double_backward = register(
 # As above: x, scale, bias, noise_weight by plane, channel_bias by plane.
 backward = register(
     "adain_backward",
-    f"(Tensor grad, Tensor x, Tensor scale, Tensor statistics, {_CALL}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad, Tensor x, Tensor scale, Tensor statistics, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     outputs=_gradients,
     kernels={"cpu": cpu.backward, "cuda": cuda.backward},
     save=_save_backward,

@@ -21,8 +21,9 @@ def adain_from_style(content: Tensor, style: Tensor, *, eps: float = 1e-5, backe
         backend: overrides the backend of this call.
 
     Returns:
-        A tensor like ``content``, as :func:`adain` gives it. Twice differentiable by kernels in ``content`` and
-        ``style``, and from the reference beyond; under ``torch.compile`` once.
+        A tensor like ``content``, as :func:`adain` gives it. For its gradient it keeps both images and four numbers a
+        plane. Twice differentiable by kernels in ``content`` and ``style``, and from the reference beyond; under
+        ``torch.compile`` once.
 
     Raises:
         ValueError: if images or channels differ in number, a plane is empty, or ``eps`` is not positive and finite.

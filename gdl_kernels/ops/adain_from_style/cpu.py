@@ -8,7 +8,5 @@ from torch import Tensor
 from ... import _native
 
 
-def forward(
-    outputs: tuple[Tensor, Tensor, Tensor], content: Tensor, style: Tensor, eps: float, _backend: str
-) -> None:
+def forward(outputs: tuple[Tensor, Tensor, Tensor], content: Tensor, style: Tensor, eps: float, _backend: str) -> None:
     _native.cpu_module().adain_from_style_forward(*outputs, content, style, eps, torch.get_num_threads())

@@ -29,9 +29,7 @@ def _examples() -> Iterator[_backends.Example]:
         yield _backends.Example(f"{name}, channels last", tuple(last))
 
 
-choices = _backends.add_op(
-    "adain_from_style", {"cpu": _images.cpu_reasons, "cuda": _images.cuda_reasons}, _examples
-)
+choices = _backends.add_op("adain_from_style", {"cpu": _images.cpu_reasons, "cuda": _images.cuda_reasons}, _examples)
 
 
 def _outputs(content: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -50,8 +48,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _gradient(ctx: Any, grad: Tensor | None, grad_of_style: Tensor | None, _: None) -> tuple[Any, ...]:
     """Those of adain, whose bias and scale pass theirs on to the style.
 
-    ``(grad_mean + grad_deviation (style - mean) / deviation) / pixels`` is AdaIN of the style itself. ``of_style`` has a
-    gradient where this function is differentiated: the gradients of adain take the deviation from it.
+    ``(grad_mean + grad_deviation (style - mean) / deviation) / pixels`` is AdaIN of the style itself. ``of_style`` gets
+    a gradient when this function is differentiated in turn, because the gradients of adain take the deviation from it.
     """
     content, style, of_style, of_content = ctx.saved_tensors
     no_prologue = None, None, None, None, 1.0
