@@ -14,16 +14,21 @@ using namespace gdl;
 using PrologueArguments =
     std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, double>;
 
-// What happens to x before its statistics are taken, read with the GIL held. Keeps the noise that it draws.
+// What happens to x before its statistics are taken. Keeps the noise that it draws, for which it lets go of the GIL.
 template <typename T>
 class PrologueReader {
  public:
   PrologueReader(ImageReader& reader, const PrologueArguments& arguments, int threads) {
     const auto& [noise, seed, weight, bias, slope] = arguments;
     const Images& images = reader.images();
-    prologue_ = {noise || seed || bias || slope != 1, reader.numbers<const T>(noise), images.pixels,
-                 reader.numbers<const T>(weight),     reader.numbers<const T>(bias),  static_cast<T>(slope)};
-    if (noise && noise->size(0) == 1) prologue_.image = 0;
+    const bool active = noise || seed || bias || slope != 1;
+    const std::int64_t image = noise && noise->size(0) == 1 ? 0 : images.pixels;
+    prologue_ = {active,
+                 reader.numbers<const T>(noise),
+                 image,
+                 reader.numbers<const T>(weight),
+                 reader.numbers<const T>(bias),
+                 static_cast<T>(slope)};
     if (!seed) return;
     drawn_ = make_buffer<T>(images.count * images.pixels);
     prologue_.noise = drawn_.get();

@@ -346,6 +346,21 @@ def test_gradients_of_content_or_style_alone(wanted: str) -> None:
     torch.autograd.gradgradcheck(function, x)
 
 
+@pytest.mark.filterwarnings("ignore:.*third derivatives")
+def test_third_gradients_of_content_and_style() -> None:
+    weight = random((2, 3, 3, 2), torch.float64)
+    leaves = [random(shape, torch.float64).requires_grad_() for shape in ((2, 3, 3, 2), (2, 3, 5))]
+
+    def third(backend: str) -> Sequence[Tensor]:
+        value = adain_from_style(*leaves, backend=backend).square().mul(weight).sum()
+        for _ in range(3):
+            found = torch.autograd.grad(value, leaves, create_graph=True)
+            value = sum(g.square().sum() for g in found)
+        return found
+
+    torch.testing.assert_close(third("cpu"), third("reference"))
+
+
 class ThroughTheDispatcher(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*args, **(kwargs or {}))
