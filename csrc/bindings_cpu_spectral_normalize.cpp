@@ -83,11 +83,12 @@ class Reader {
   // Numbers next to each other.
   const A* numbers(const Tensor& x) { return is_one_of_ours(x) ? x.data<const A>() : copy(x).data(); }
 
-  // Those of the columns of `like`, in the order in which they lie.
+  // The same in the order in which the columns of `like` lie.
   const A* numbers(const Tensor& v, const Matrix& like) {
     return like.columns.empty() ? numbers(v) : permuted(numbers(v), like);
   }
 
+  // A row's numbers, given in their own order, in that in which the columns of `like` lie.
   const A* permuted(const A* v, const Matrix& like) {
     std::vector<A>& there = numbers_.emplace_back();
     there.reserve(like.columns.size());
@@ -199,7 +200,8 @@ void forward(const Tensors& out, const Tensor& vectors, const Tensors& weights, 
              int iterations, bool v_first, double eps, int threads) {
   dispatch(weights[0].dtype_name(), [&](auto type) {
     using T = typename decltype(type)::type;
-    normalize<T>(out, {vectors.data<accumulator_t<T>>(), weights}, weights, us, vs, {iterations, v_first, eps}, threads);
+    auto* const found = vectors.data<accumulator_t<T>>();
+    normalize<T>(out, {found, weights}, weights, us, vs, {iterations, v_first, eps}, threads);
   });
 }
 
