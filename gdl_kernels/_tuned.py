@@ -71,7 +71,7 @@ class Table:
 
 
 #: Called with each key that is looked up and the launcher's own choice for it: so tuning learns what a pass launches.
-observers: list[Callable[[Key, Config], None]] = []
+observers: list[Callable[[Key, Config], object]] = []
 
 #: Open regions of :func:`using`, the innermost last.
 _regions: list[Table | None] = []

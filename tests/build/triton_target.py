@@ -20,6 +20,9 @@ from gdl_kernels import _tuned
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
+#: The most shared memory a block may have: A100, Hopper, Blackwell.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
 #: What was launched: the kernel's name and what Triton compiled.
 Compiled = list[tuple[str, Any]]
 
