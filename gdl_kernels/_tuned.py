@@ -14,7 +14,7 @@ import json
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,12 @@ class Tunable:
     Attributes:
         keys: what a row is looked up by; all whole numbers, of what holds or doesn't 1 or 0.
         choices: what a row sets, and the values that each may have, rising.
-        at_most: those of them that a key bounds, and which key.
+        refuses: why a key can't have a configuration made of choices, where registers would spill, say; else empty.
     """
 
     keys: tuple[str, ...]
     choices: Mapping[str, Sequence[int]]
-    at_most: Mapping[str, str] = field(default_factory=dict)
+    refuses: Callable[[Mapping[str, int], Config], str] = lambda key, config: ""
 
     def fault(self, key: Mapping[str, int], config: Mapping[str, Any]) -> str:
         """Why a configuration is none for a key; empty if it is one."""
@@ -56,10 +56,12 @@ class Tunable:
             value = config.get(name)
             if type(value) is not int or value not in values:
                 return f"{name} must be one of {', '.join(map(str, values))}, got {value!r}"
-        for name, bound in self.at_most.items():
-            if config[name] > key[bound]:
-                return f"{name} must be at most {bound}, {key[bound]}, got {config[name]}"
-        return ""
+        return self.refuses(key, config)
+
+
+def at_most(name: str, most: int, config: Config) -> str:
+    """For ``Tunable.refuses``: a number that has a bound."""
+    return f"{name} must be at most {most}, got {config[name]}" if config[name] > most else ""
 
 
 @dataclass(frozen=True)
