@@ -86,7 +86,7 @@ def test_who_asks_is_told_the_launchers_own_choice() -> None:
 
 def test_each_op_with_triton_kernels_says_what_a_table_may_set() -> None:
     found = _tuned.tunables()
-    folders = {path.parent.name for path in Path(_tuned.__file__).parent.glob("ops/*/triton*") if path.parent.is_dir()}
+    folders = {path.parent.name for path in Path(_tuned.__file__).parent.glob("ops/*/triton*")}
     assert set(found) == folders
     for kernels in found.values():
         for tunable in kernels.values():

@@ -29,6 +29,7 @@ class Extreme(dict[Key, Config]):
     def __init__(self, many_warps: bool) -> None:
         super().__init__()
         self.step = -1 if many_warps else 1
+        self.given: list[Config] = []
 
     def get(self, key: Key, default: Any = None) -> Any:
         op, kernel, values = key
@@ -38,7 +39,8 @@ class Extreme(dict[Key, Config]):
         configs = (
             dict(zip((*choices, "num_warps"), made)) for made in product(*map(reversed, choices.values()), warps)
         )
-        return next(config for config in configs if not tunable.fault(named, config))
+        self.given.append(next(config for config in configs if not tunable.fault(named, config)))
+        return self.given[-1]
 
 
 def decode(dtype: torch.dtype) -> None:
@@ -135,9 +137,11 @@ def test_the_largest_tiles_fit(
     op: str, arch: int, dtype: torch.dtype, many_warps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launch: Callable[[torch.dtype], None] = LAUNCHES[op]
-    with compiled_for(arch, monkeypatch) as compiled, _tuned.using(_tuned.Table({}, Extreme(many_warps))):
+    rows = Extreme(many_warps)
+    with compiled_for(arch, monkeypatch) as compiled, _tuned.using(_tuned.Table({}, rows)):
         launch(dtype)
-    assert compiled
+    launched = {kernel.metadata.num_warps for name, kernel in compiled if name != "_write_addresses"}
+    assert launched == {config["num_warps"] for config in rows.given}
     for name, kernel in compiled:
         usage = resource_usage(kernel, tmp_path)
         assert usage["STACK"] == usage["LOCAL"] == 0, f"{name} spills: {usage}"
