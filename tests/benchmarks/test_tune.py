@@ -327,7 +327,10 @@ def test_a_table_reads_as_what_was_found_and_keeps_other_ops(tmp_path: Path, mon
 
     def unprepared(one: Pass, known: set[Key]) -> list[Problem]:
         tunables = _tuned.tunables()[one.op]
-        keys = [(one.op, kernel, tuple(32 for _ in tunable.keys)) for kernel, tunable in tunables.items()]
+        keys = [
+            (one.op, kernel, tuple(4 if name == "itemsize" else 32 for name in tunable.keys))
+            for kernel, tunable in tunables.items()
+        ]
         return [replace(unlaunched(one), key=key) for key in keys if key not in known]
 
     monkeypatch.setattr("benchmarks.tune.search", searched)
