@@ -217,7 +217,7 @@ def measure_configurations(
             raise typer.BadParameter(f"must be one of {', '.join(tunable)}, got {name!r}", param_hint="--op")
     if not torch.cuda.is_available():
         raise typer.BadParameter("a GPU is needed to time kernels, and torch sees none", param_hint="tune")
-    from .tune import passes, tune
+    from .tune import passes_of, tune
     from .tune.descent import gpu_clock
 
     console = _console()
@@ -233,7 +233,7 @@ def measure_configurations(
     for place, name in enumerate(chosen):
         seconds = (deadline - time.monotonic()) / (len(chosen) - place)
         failed += tune(
-            name, passes(name, device), path, torch.cuda.get_device_name(),
+            name, passes_of(name, device), path, torch.cuda.get_device_name(),
             lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True), clock=gpu_clock,
             seconds=seconds,
         )  # fmt: skip

@@ -25,7 +25,7 @@ from .descent import Clock, Found, raised, search
 from .passes import Pass, Problem, problems
 
 
-def passes(op: str, device: torch.device) -> Iterable[Pass]:
+def passes_of(op: str, device: torch.device) -> Iterable[Pass]:
     """What is tuned of an op, the most used first."""
     found: Iterable[Pass] = importlib.import_module(f"{__name__}.ops.{op}").passes(device)
     return found

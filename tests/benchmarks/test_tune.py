@@ -28,7 +28,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks.__main__ import app
 from benchmarks.ops.positional_embedding import Size
-from benchmarks.tune import descent, passes, tune
+from benchmarks.tune import descent, passes_of, tune
 from benchmarks.tune.descent import Found, search
 from benchmarks.tune.ops import (
     conditional_batch_norm,
@@ -273,7 +273,7 @@ def test_without_time_nothing_is_begun(tmp_path: Path) -> None:
 @elsewhere
 @pytest.mark.parametrize("op", _tuned.tunables())
 def test_each_op_with_triton_kernels_has_passes_of_every_order(op: str) -> None:
-    of_op = list(passes(op, CPU))
+    of_op = list(passes_of(op, CPU))
     assert {one.op for one in of_op} == {op}
     assert len({str(one) for one in of_op}) == len(of_op)
     assert {one.order for one in of_op} == {one.order for one in TINY if one.op == op}
@@ -296,7 +296,7 @@ def test_the_command_tunes_what_it_is_asked_for_within_its_time(
     tuned = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    monkeypatch.setattr("benchmarks.tune.passes", lambda op, device: [op])
+    monkeypatch.setattr("benchmarks.tune.passes_of", lambda op, device: [op])
     monkeypatch.setattr("benchmarks.tune.tune", lambda op, *_, seconds, **__: tuned.append((op, seconds)) or [])
     arguments = ["tune", "--out", str(tmp_path / "table.json"), "--minutes", "2"]
     for ops in (["minibatch_stddev", "positional_embedding"], []):
