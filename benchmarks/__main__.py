@@ -194,29 +194,49 @@ def write_page(
 
 @app.command("tune")
 def measure_configurations(
-    minutes: Annotated[float, typer.Option(help="No kernel's search is begun later.")] = 60.0,
+    op: Annotated[
+        list[str] | None, typer.Option(help="An op with Triton kernels; may be given again. All without.")
+    ] = None,
+    minutes: Annotated[
+        float, typer.Option(min=0, help="No kernel's search is begun later; ops share what is left evenly.")
+    ] = 180.0,
     out: Annotated[
         Path | None, typer.Option(dir_okay=False, help="The table to write, after every kernel; else the package's.")
     ] = None,
 ) -> None:
-    """Time the Triton kernels of the attentions in other tiles, and write the table of the fastest.
+    """Time the Triton kernels in other tiles and warps, and write the table of the fastest.
 
-    Exits with 1 if a kernel is wrong or raises as the launcher itself would launch it.
+    In a table that is there, rows of other ops than those that are tuned stay. Exits with 1 if a kernel is wrong or
+    raises as the launcher itself would launch it.
     """
-    if not torch.cuda.is_available():
-        raise typer.BadParameter("a GPU is needed to time kernels, and torch sees none", param_hint="tune")
     from gdl_kernels import _tuned
 
-    from .tune import tune
+    tunable = list(_tuned.tunables())
+    for name in op or []:
+        if name not in tunable:
+            raise typer.BadParameter(f"must be one of {', '.join(tunable)}, got {name!r}", param_hint="--op")
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("a GPU is needed to time kernels, and torch sees none", param_hint="tune")
+    from .tune import passes_of, tune
     from .tune.descent import gpu_clock
-    from .tune.problems import problems
 
     console = _console()
-    failed = tune(
-        problems(torch.device("cuda")), out or _tuned.path_of(gpu_capability()), torch.cuda.get_device_name(),
-        lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True), clock=gpu_clock,
-        seconds=60 * minutes,
-    )  # fmt: skip
+    device, path = torch.device("cuda"), out or _tuned.path_of(gpu_capability())
+    chosen = op or tunable
+    if path.exists():
+        try:
+            _tuned.read(path)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--out") from error
+    deadline = time.monotonic() + 60 * minutes
+    failed = []
+    for place, name in enumerate(chosen):
+        seconds = (deadline - time.monotonic()) / (len(chosen) - place)
+        failed += tune(
+            name, passes_of(name, device), path, torch.cuda.get_device_name(),
+            lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True), clock=gpu_clock,
+            seconds=seconds,
+        )  # fmt: skip
     if failed:
         raise typer.Exit(1)
 
