@@ -105,6 +105,17 @@ def test_what_is_wrong_has_no_time(tmp_path: Path) -> None:
     assert "Growth" not in text
 
 
+def test_what_failed_is_told(tmp_path: Path) -> None:
+    results = [a_result(1, status="failed"), Result.failed("adain", "forward", "MemoryError: all gone"), a_result(2)]
+    run = json.loads(json.dumps(record.document(results, [], torch.device("cpu"), quick=True)))
+    del run["results"][-1]["failure"]  # as in runs of before there was such a thing
+    write(tmp_path / "page.html", [("failed", run)])
+    text = " ".join(Outline((tmp_path / "page.html").read_text(encoding="utf-8")).text.split())
+    assert "2 of the rows or cases failed, and have none." in text
+    assert "failed: it is off" in text
+    assert "adain forward failed: MemoryError: all gone" in text
+
+
 def test_a_model_is_told_like_an_op(tmp_path: Path) -> None:
     """By its name; in seconds it has no exponent, and without a size no curve."""
     rows = [
