@@ -109,7 +109,6 @@ def case(
         task=Task(function, function, flops=0.0, bytes=moved * dtype.itemsize),
         contestants=contestants,
         ceiling=memory_copy(image, input_sets),
-        growth=(passes.name, math.prod(spatial)),
         input_sets=input_sets,
     )
 
@@ -136,12 +135,13 @@ def compiles(passes: Passes, quick: bool) -> bool:
 
 
 def is_of(result: Result, passes: Passes) -> bool:
-    return result.growth is not None and result.growth[0] == passes.name
+    return result.case.partition(", ")[0] == passes.name
 
 
 def pixels(result: Result) -> int:
-    assert result.growth is not None
-    return result.growth[1]
+    """Of an image, by the name that :func:`case` gives."""
+    _, _, *spatial = result.case.split(", ")[1].split("×")
+    return math.prod(map(int, spatial))
 
 
 def over(result: Result, rival: str, asked: float) -> Bar:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import pytest
 import torch
@@ -27,7 +26,7 @@ from benchmarks.images import (
     is_of,
     over,
 )
-from benchmarks.ops import adain, minibatch_self_attention, minibatch_stddev, pixel_norm
+from benchmarks.ops import minibatch_stddev, pixel_norm
 from benchmarks.passes import Passes
 from benchmarks.results import Result, Row
 from benchmarks.runner import run
@@ -107,7 +106,7 @@ def _result(passes: Passes, width: int, ours_ms: float, rival_ms: float) -> Resu
     rows = [Row(rival, 0.0, 200.0, samples_ms=[rival_ms]) for rival in (EAGER, COMPILED)]
     rows.append(Row(OURS, 0.0, 200.0, ours=True, samples_ms=[ours_ms]))
     ceiling = Row("copy", 0.0, 200.0, samples_ms=[1.0])
-    return Result("image", passes.name, "", "float32", (passes.name, width**2), 0, ceiling, rows)
+    return Result("image", f"{passes.name}, 8×16×{width}×{width}, fp32", "", "float32", None, 0, ceiling, rows)
 
 
 def test_bars() -> None:
@@ -132,12 +131,3 @@ def test_a_point_of_a_curve_is_ours_and_eager_and_no_bar_of_it_is_asked() -> Non
     assert [[row.contestant for row in result.rows] for result in results] == [[EAGER, OURS]] * 2
     assert [result.growth for result in results] == [("forward over batch", 1), ("forward over batch", 4)]
     assert not any(is_of(result, passes) for result in results for passes in (FORWARD, BACKWARD, TRAINING))
-
-
-@pytest.mark.parametrize(
-    "module", [adain, minibatch_self_attention, minibatch_stddev, pixel_norm], ids=lambda module: module.__name__
-)
-def test_names_are_unique(module: Any) -> None:
-    for quick in (False, True):
-        names = [built.name for built in module.cases(CPU, quick=quick)]
-        assert len(set(names)) == len(names) > 0

@@ -311,15 +311,14 @@ def test_garbage_of_before_takes_nothing_off_a_call_s_memory() -> None:
             self.held, self.itself = torch.ones(64 << 20, dtype=torch.uint8), self
 
     def call() -> None:
-        objects = [[] for _ in range(1000)]  # lets the collector run
-        assert objects
+        gc.set_threshold(1)  # if it could, the collector would run now
+        kept = [[] for _ in range(100)]
         torch.ones(48 << 20, dtype=torch.uint8)
+        kept.clear()
 
     usual = gc.get_threshold()
-    gc.disable()
+    gc.set_threshold(10**6)
     Link()
-    gc.set_threshold(1, 1, 1)
-    gc.enable()
     try:
         growth = peak_growth(call, CPU)
         assert gc.isenabled()
@@ -515,6 +514,15 @@ def test_cases_are_chosen_by_a_part_of_their_name(tmp_path: Path, monkeypatch: p
     outcome = CliRunner().invoke(app, [*command, "--case", "huge"], env={"COLUMNS": "200"})
     assert outcome.exit_code == 2
     assert "must be part of a case's name, got 'huge'" in outcome.output
+
+
+def test_a_case_that_is_not_chosen_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = TWO_CASES.replace("      yield", "      yield Deferred(name.replace('square', 'unbuilt'), lambda: 1 / 0)\n      yield")
+    (tmp_path / "deferred.py").write_text(text.replace("import Case,", "import Case, Deferred,"))
+    monkeypatch.setattr(benchmarks.ops, "__path__", [*benchmarks.ops.__path__, str(tmp_path)])
+    for part, status in (("square", 0), ("unbuilt", 1), ("no such case", 2)):
+        outcome = CliRunner().invoke(app, ["--op", "deferred", "--quick", "--device", "cpu", "--case", part])
+        assert outcome.exit_code == status, outcome.output
 
 
 def test_the_run_is_written_after_every_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
