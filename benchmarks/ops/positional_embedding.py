@@ -76,6 +76,8 @@ def case(size: Size, dtype: torch.dtype, device: torch.device, passes: Passes, *
     output, table = (rows * size.columns * dtype.itemsize for rows in (tokens, size.rows))
     # Forward: a row is read and one written for each token. Backward: one is read, and the table's gradient written.
     moved = passes.forward * (2 * output + 8 * tokens) + passes.backward * (output + table + 8 * tokens)
+    # Forward: an element is scaled, and its sinusoid added. Backward: its gradient is scaled, and added to its row's.
+    operations = 2 * (passes.forward + passes.backward) * tokens * size.columns
     input_sets = max(2, math.ceil(ROTATED_BYTES / output))
     return Case(
         name=_name(size, dtype, passes),
@@ -83,7 +85,7 @@ def case(size: Size, dtype: torch.dtype, device: torch.device, passes: Passes, *
         dtype=dtype,
         device=device,
         inputs=functools.partial(_inputs, size, dtype, passes.backward),
-        task=Task(function, function, flops=0.0, bytes=moved),
+        task=Task(function, function, flops=operations, bytes=moved),
         contestants=contestants,
         ceiling=memory_copy(output, input_sets),
         input_sets=input_sets,

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import benchmarks.models
 import benchmarks.ops
 from benchmarks.__main__ import names
-from benchmarks.cases import Benchmark, Candidate, Case, Deferred
+from benchmarks.cases import Benchmark, Candidate, Case
 
 CPU = torch.device("cpu")
 BENCHMARKS = [f"{package.__name__}.{name}" for package in (benchmarks.ops, benchmarks.models) for name in names(package)]
@@ -40,10 +40,12 @@ def test_names_are_unique_and_known_before_there_is_any_tensor(module: str, quic
 
 
 @pytest.mark.parametrize("module", [module for module in BENCHMARKS if ".ops." in module])  # models: their own tests
-def test_a_case_is_built_under_its_name(module: str) -> None:
+def test_a_case_is_built_under_its_name_and_has_a_place_on_the_roofline(module: str) -> None:
     for candidate in _cases(module, quick=True):
-        if isinstance(candidate, Deferred):
-            assert candidate.build().name == candidate.name
+        case = candidate.build()
+        assert case.name == candidate.name
+        assert case.task.flops > 0
+        assert case.task.bytes > 0
 
 
 def _curves(module: str, quick: bool) -> dict[tuple[str, torch.dtype], list[Case]]:

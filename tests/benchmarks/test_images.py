@@ -69,11 +69,13 @@ def test_a_case_end_to_end(op: ImageOp, passes: Passes, dtype: torch.dtype, chan
 
 
 def test_several_inputs_are_counted_and_differentiated() -> None:
-    op = ImageOp("scale", torch.mul, torch.mul, explain=lambda x, scale: gdl_kernels.explain("pixel_norm", x))
+    op = ImageOp("scale", torch.mul, torch.mul, (1, 3), explain=lambda x, scale: gdl_kernels.explain("pixel_norm", x))
     shapes = [(2, 3, 4), (1, 3, 1)]
-    for passes, elements in ((FORWARD, 24 + 3 + 24), (BACKWARD, 2 * (24 + 3) + 24), (TRAINING, 3 * 27 + 2 * 24)):
+    for passes, elements, operations in (
+        (FORWARD, 24 + 3 + 24, 1), (BACKWARD, 2 * (24 + 3) + 24, 3), (TRAINING, 3 * 27 + 2 * 24, 1 + 3)
+    ):  # fmt: skip
         built = case(op, shapes, torch.float32, CPU, passes)
-        assert built.task.bytes == 4 * elements
+        assert (built.task.flops, built.task.bytes) == (24 * operations, 4 * elements)
         result = _run(built)
         assert {row.status for row in result.rows} <= {"timed", "unavailable"}
     gradients = built.task.truth(*(t.double() for t in built.inputs(torch.Generator())))
@@ -81,7 +83,7 @@ def test_several_inputs_are_counted_and_differentiated() -> None:
 
 
 def test_an_output_with_more_channels() -> None:
-    op = ImageOp("twice", lambda x: torch.cat([x, x], 1), lambda x: torch.cat([x, x], 1), added_channels=3)
+    op = ImageOp("twice", lambda x: torch.cat([x, x], 1), lambda x: torch.cat([x, x], 1), (0, 1), added_channels=3)
     built = case(op, [(2, 3, 4)], torch.float32, CPU, TRAINING)
     assert built.inputs(torch.Generator())[1].shape == (2, 6, 4)
     assert built.task.bytes == 4 * (24 + 48 + 24 + 48 + 24)

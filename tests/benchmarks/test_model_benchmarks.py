@@ -211,6 +211,8 @@ def test_operations_are_those_that_are_needed() -> None:
     pairs = layers * n * (n + 1) // 2 * width
     assert forward.task.flops == 2 * (products + 2 * pairs)
     assert training.task.flops == 2 * 3 * (products + 2 * pairs)
+    weights = layers * ((4 + 8) * width**2 + (4 + 4 + 1) * width + 2 * 2 * width) + (256 + n) * width + 2 * width
+    assert (forward.task.bytes, training.task.bytes) == (0, 24 * weights)
 
 
 def test_compiled_rivals_are_in_full_runs_only() -> None:
