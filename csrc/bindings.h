@@ -1,9 +1,9 @@
 // Every op binds itself: csrc/bindings_<backend>_<op>.cpp holds one `static const gdl::Binding`, and the module runs
 // them all.
 //
-// Bindings take addresses and sizes as integers, never tensors. So no native file includes a torch header: it compiles
-// in seconds, links against no libtorch, and one build serves every torch version. The launchers in Python read
-// tensors.
+// No native file includes a torch header: it compiles in seconds, links against no libtorch, and one build serves every
+// torch version. Bindings of the CPU's kernels read tensors through DLPack's table of C functions (tensors.h). Those of
+// CUDA's take addresses and sizes as integers, which the launchers in Python read off the tensors.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from . import _native
+
 #: Every backend by name. ``reference`` is plain PyTorch and serves every call.
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
@@ -20,6 +22,12 @@ PREFERENCE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 #: ``reasons(*args, **kwargs)`` of an op's public call: why the backend can't serve it; empty if it can.
 Reasons = Callable[..., list[str]]
+
+#: Kinds of calls whose backend is remembered, some 200 bytes each.
+REMEMBERED = 4096
+
+#: By a call's signature, the backend that serves it.
+_served: dict[bytes, str] = {}
 
 #: Open regions, the innermost last.
 _regions: list[tuple[str]] = []
@@ -83,6 +91,32 @@ class Choices:
     reasons: Mapping[str, Reasons]
     examples: Examples
 
+    def serving(self, check: Callable[..., str]) -> Callable[..., str]:
+        """``check(backend, *args)``, which checks a call and picks its backend, made once for each kind of call.
+
+        It may look at all that a call's arguments are but for the numbers in tensors: two calls are of a kind when
+        their tensors agree in type, dtype, device, sizes, strides and in whether they want a gradient, and the rest of
+        their arguments is the same. With others than plain tensors, numbers, strings and dtypes it is made every time.
+        """
+        native, _ = _native.cpu()
+        signature = native.signature if native is not None else None
+
+        def serving(backend: str | None, *args: Any) -> str:
+            name = backend if backend is not None else _regions[-1][0] if _regions else _environment
+            if signature is None or torch.compiler.is_compiling():
+                return check(name, *args)
+            key = signature((self.op, name, args))
+            chosen = _served.get(key)
+            if chosen is None:
+                chosen = check(name, *args)
+                if key is not None:
+                    if len(_served) >= REMEMBERED:
+                        _served.clear()
+                    _served[key] = chosen
+            return chosen
+
+        return serving
+
     def pick(self, device: torch.device, requested: str | None, *args: Any, **kwargs: Any) -> str:
         """The name of the backend that serves this call.
 
@@ -127,8 +161,8 @@ def warn_once(op: str, why: str) -> None:
     """Say that a call takes a slower way than its user may expect: the first time, and no second time."""
     if (op, why) not in _warned:
         _warned.add((op, why))
-        # Level 4 is the caller of the public function that picked a backend.
-        warnings.warn(f"gdl_kernels: {op} {why}. This is said once.", stacklevel=4)
+        # Level 6 is the caller of the public function: between are pick, an op's check and serving.
+        warnings.warn(f"gdl_kernels: {op} {why}. This is said once.", stacklevel=6)
 
 
 @dataclass(frozen=True)
@@ -195,6 +229,4 @@ def explain(op: str | Callable[..., Any], *args: Any, backend: str | None = None
 
 def available_backends() -> dict[str, str]:
     """Every backend on this machine: ``"available"``, or the reason why it is not."""
-    from . import _native
-
     return {name: "; ".join(_native.missing(name)) or "available" for name in BACKENDS}

@@ -4,7 +4,8 @@ To the dispatcher an op written in Python is a chain of calls from C++ into Pyth
 and unboxed on the way: for the 10 arguments of ``adain`` it takes 20 us, many times as long as a small kernel. So an
 eager call on plain tensors goes to the kernel directly, and its gradient is a ``torch.autograd.Function``. Whatever
 looks at ops, or changes what they mean, is asked for first, and sees them through the dispatcher as ever:
-``torch.compile``, modes, transforms, subclasses of tensors, the profiler.
+``torch.compile``, modes, transforms, subclasses of tensors, the profiler. A call's arguments are looked at in C++, with
+which the CPU's kernels come: without them every call is the dispatcher's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
-from torch.nn import Parameter
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
+
+from . import _native
 
 # Each of these is asked in every call.
 _is_compiling = torch.compiler.is_compiling
@@ -23,7 +27,7 @@ _included = torch._C._dispatch_tls_local_include_set
 _excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 _function_mode_is_on = torch._C._is_torch_function_mode_enabled
 _profiler_is_on = torch._C._autograd._profiler_enabled
-_has_memory = torch._C._has_storage
+_gradients_are_on = torch.is_grad_enabled
 
 #: What the dispatcher adds to the keys of a call's tensors while no mode, transform or tracer is on.
 _NOT_IN_INFERENCE = DispatchKeySet(DispatchKey.ADInplaceOrView).raw_repr()
@@ -32,11 +36,10 @@ _NOTHING_ON = DispatchKeySet(DispatchKey.BackendSelect).raw_repr() | _NOT_IN_INF
 #: What the dispatcher leaves out of them in inference mode, and inside the kernel of an op, which gradients are above.
 _AUTOGRAD = DispatchKey.AutogradFunctionality
 
-#: Of a subclass, what an op does is the subclass's to say.
-_PLAIN = frozenset({Tensor, Parameter})
-
-_TENSORS = ("Tensor", "Optional[Tensor]")
 _TENSOR_LIST = "List[Tensor]"
+
+#: Verdicts of ``look``, in csrc/bindings_cpu_calls.cpp, on a call's arguments.
+_DISPATCH, _WITH_GRADIENT = 0, 2
 
 
 def direct(
@@ -57,45 +60,48 @@ def direct(
     """
     schema = dispatched._schema
     types, outputs = ([str(t.type) for t in side] for side in (schema.arguments, schema.returns))
-    single = [place for place, kind in enumerate(types) if kind in _TENSORS]
-    lists = [place for place, kind in enumerate(types) if kind == _TENSOR_LIST]
     floats = [place for place, kind in enumerate(types) if kind == "float"]
     with_gradient: Callable[..., Any] = dispatched
     if save is not None and gradient is not None:
         differentiable = _differentiable_with_lists if _TENSOR_LIST in types + outputs else _differentiable
         with_gradient = differentiable(dispatched, implementation, save, gradient)
+    native, _ = _native.cpu()
+    look = native.look if native is not None else None
 
     def call(*args: Any) -> Any:
+        if _is_compiling():
+            return dispatched(*args)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(schema.name, args)
         if (
-            _is_compiling()
+            look is None
             or _included().raw_repr() | _NOT_IN_INFERENCE != _NOTHING_ON
             or _function_mode_is_on()
             or _profiler_is_on()
         ):
             return dispatched(*args)
-        tensors = [args[place] for place in single]
-        for place in lists:
-            tensors += args[place]
-        wants_gradient = False
-        for tensor in tensors:
-            if tensor is None:
-                continue
-            if type(tensor) not in _PLAIN:
-                return dispatched(*args)
-            if tensor.is_floating_point():  # the many of a layout are not
-                # What it holds is not what is in its memory, or it has none: such outlive the transforms of torch.func.
-                if tensor.is_neg() or tensor._is_zerotensor() or not _has_memory(tensor):
-                    return dispatched(*args)
-                wants_gradient = wants_gradient or tensor.requires_grad
+        verdict = look(args, _gradients_are_on())
+        if verdict == _DISPATCH:
+            return dispatched(*args)
         for place in floats:
             if type(args[place]) is not float:  # the dispatcher too makes it one
                 args = (*args[:place], float(args[place]), *args[place + 1 :])
-        if wants_gradient and torch.is_grad_enabled() and not _excluded(_AUTOGRAD):
+        if verdict == _WITH_GRADIENT and not _excluded(_AUTOGRAD):
             return with_gradient(*args)
         return implementation(*args)
 
     call.dispatched = dispatched  # type: ignore[attr-defined]
     return call
+
+
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """In forward mode an op without a formula would be taken for a constant."""
+    for tensor in tree_leaves(args):
+        if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{name} has no forward-mode derivative on the backend {args[-1]!r}: use backend='reference' there, "
+                "or differentiate backwards"
+            )
 
 
 def _differentiable(

@@ -12,10 +12,6 @@ from torch import Tensor
 from . import _native
 from ._direct import direct
 
-#: Outputs of at least so many bytes are asked for in pages of 2 MB: the C library may take such memory from the system,
-#: and give it back, at every call.
-HUGE_BYTES = 2 * 2**20
-
 _library = torch.library.Library("gdl_kernels", "DEF")
 
 #: One output is a tensor, several are a tuple; a tensor list of the schema, ``Tensor[]``, is a list.
@@ -54,7 +50,7 @@ def register(
         out = outputs(*args)
         backend = args[-1]
         if backend == "cpu":
-            _prefer_huge_pages(out)
+            _native.cpu_module().prefer_huge_pages(out)
         kernels[backend](out, *args)
         return out
 
@@ -84,10 +80,3 @@ def launchers(package: str | None, name: str, backends: Iterable[str]) -> dict[s
     found.update((backend, launcher(backend)) for backend in backends)
     return found
 
-
-def _prefer_huge_pages(out: Any) -> None:
-    if not isinstance(out, Tensor):
-        for part in out:
-            _prefer_huge_pages(part)
-    elif out.nbytes >= HUGE_BYTES:
-        _native.cpu_module().prefer_huge_pages(out.data_ptr(), out.nbytes)

@@ -27,15 +27,16 @@ def pixel_norm(x: Tensor, *, eps: float = 1e-8, backend: str | None = None) -> T
         TypeError: if ``x`` is not floating point.
         RuntimeError: if ``backend`` was given and can't serve the call.
     """
-    _check(x, eps)
-    chosen = op.choices.pick(x.device, backend, x, eps=eps)
+    chosen = _serving(backend, x, eps)
     if chosen == "reference":
         return reference.pixel_norm(x, eps)
     return op.forward(x, eps, chosen)
 
 
-def _check(x: Tensor, eps: float) -> None:
+@op.choices.serving
+def _serving(backend: str | None, x: Tensor, eps: float) -> str:
     check_floating("x", x)
     if x.dim() < 2:
         raise ValueError(f"x must be (N, C, *spatial), got shape {tuple(x.shape)}")
     check_positive("eps", eps)
+    return op.choices.pick(x.device, backend, x, eps=eps)

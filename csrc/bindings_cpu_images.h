@@ -1,0 +1,79 @@
+// How bindings of the CPU's kernels read images (N, C, *spatial): as gdl_kernels/_images.py does for those of a GPU.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "bindings.h"
+#include "images.h"
+#include "tensors.h"
+
+namespace gdl {
+
+// Elements that are worth a thread; PyTorch's own grain.
+constexpr std::int64_t kGrain = 32768;
+
+inline int threads_for(std::int64_t elements, int available) {
+  return static_cast<int>(std::min<std::int64_t>(available, 1 + elements / kGrain));
+}
+
+// The images of a call, all of them in lines along the dimension along which one of them, the output as a rule, has its
+// own. Keeps the copies that it makes of others, and is itself to be made and destroyed with the GIL held.
+class ImageReader {
+ public:
+  explicit ImageReader(const Tensor& like)
+      : images_{like.size(0), like.size(1), like.numel(2), like.stride(1) == 1 && like.size(1) > 1} {}
+
+  const Images& images() const { return images_; }
+  int threads(int available) const { return threads_for(images_.count * images_.channels * images_.pixels, available); }
+
+  // The tensor where it is if it has the lines that are asked for, else a copy that has.
+  template <typename T>
+  Lines<T> lines(const Tensor& x) {
+    const bool last = images_.channels_last;
+    const std::int64_t channels = x.size(1), pixels = x.numel(2);
+    const std::optional<std::int64_t> pixel = pixel_stride(x);
+    if (last && pixel && (x.stride(1) == 1 || channels == 1)) return {x.data<T>(), x.stride(0), *pixel};
+    if (!last && pixel && (*pixel == 1 || pixels == 1)) return {x.data<T>(), x.stride(0), x.stride(1)};
+    const Tensor dense = last ? copy(x.object().attr("movedim")(1, -1)) : copy(x.object());
+    return {dense.data<T>(), channels * pixels, last ? channels : pixels};
+  }
+
+  // Numbers of every plane or of every channel, next to each other.
+  template <typename T>
+  T* numbers(const Tensor& x) {
+    return x.is_contiguous() ? x.data<T>() : copy(x.object()).data<T>();
+  }
+
+  template <typename T>
+  T* numbers(const std::optional<Tensor>& x) {
+    return x ? numbers<T>(*x) : nullptr;
+  }
+
+ private:
+  // The stride from pixel to pixel, if one stride walks all spatial dimensions.
+  static std::optional<std::int64_t> pixel_stride(const Tensor& x) {
+    std::optional<std::int64_t> pixel;
+    std::int64_t after = 0;
+    for (int d = x.dim() - 1; d >= 2; --d) {
+      if (x.size(d) == 1) continue;
+      if (!pixel)
+        pixel = x.stride(d);
+      else if (x.stride(d) != after)
+        return std::nullopt;
+      after = x.stride(d) * x.size(d);
+    }
+    return pixel.value_or(1);
+  }
+
+  Tensor copy(pybind11::handle x) {
+    kept_.push_back(x.attr("contiguous")());
+    return Tensor(kept_.back());
+  }
+
+  Images images_;
+  std::vector<pybind11::object> kept_;
+};
+
+}  // namespace gdl
