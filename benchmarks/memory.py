@@ -18,7 +18,7 @@ def peak_growth(call: Callable[[], object], device: torch.device) -> int | None:
     native code allocates past torch: the kernel's high-water mark is reset first, and free memory that the C library
     holds is given back, so that reusing it counts. What a contestant keeps from one call to the next is not in it.
 
-    Python's collector of cycles rests meanwhile: what it found would be of before the call, and be taken off its growth.
+    Python's collector of cycles rests meanwhile: what it found would be of before the call, and taken off its growth.
     """
     with _uncollected():
         return _peak_growth(call, device)

@@ -27,8 +27,8 @@ from ..images import (
 )
 from ..results import Bar, Result
 
-#: Forward: the mean (+), the squares of what is left (- * +), scale and bias (* +). Backward: the gradient's sum (+),
-#: the sum of its product with what is left (- * +), and that of x, a sum of multiples of the gradient, x and 1 (* * + +).
+#: Forward: the mean (+), the squares of what is left (- * +), scale and bias (* +). Backward: the sum of the gradient
+#: (+), that of its product with what is left (- * +), and multiples of the gradient, of x and of 1 (* * + +).
 OPERATIONS = (6, 8)
 OP = ImageOp("adain", gdl_kernels.adain, lambda x, scale, bias: reference.adain(x, scale, bias, 1e-5), OPERATIONS)
 

@@ -112,8 +112,8 @@ def case(network: str, mode: str, device: torch.device, dtype: torch.dtype) -> C
     size = count * dtype.itemsize
     # Forward: W is read for sigma and again to be divided. Backward: W and G are read for their inner product, and G
     # again. Each writes once.
-    # An element of W is in two products with vectors (* + * +) and divided, forward; backward it is in the inner product
-    # (* +), and in (G - <G, W> u v^T) / sigma (* - /), where a row's numbers are multiplied once.
+    # An element of W is, forward, in two products with vectors (* + * +), and divided; backward in the inner product
+    # (* +), and in (G - <G, W> u v^T) / sigma (* - /), where a row's factors are multiplied once.
     task = Task(
         problem.by_the_formula,
         problem.by_the_formula,

@@ -38,8 +38,8 @@ def _explain(x: Tensor, scale: Tensor, bias: Tensor, *_: Tensor) -> Explanation:
     return gdl_kernels.explain("style_epilogue", x, scale, bias)
 
 
-#: Forward: noise (* +), bias (+), leaky ReLU (a comparison and *), then adain's. Backward: the first five again, adain's,
-#: the leaky ReLU's (*), and the sums for the gradients of bias (+), noise (* +) and its weight (* +).
+#: Forward: noise (* +), bias (+), leaky ReLU (a comparison and *), then adain's. Backward: the first five again,
+#: adain's, the leaky ReLU's (*), and the sums for the gradients of bias (+), noise (* +) and its weight (* +).
 OPERATIONS = (5 + adain.OPERATIONS[0], 5 + adain.OPERATIONS[1] + 6)
 OP = ImageOp("style_epilogue", _ours, _plain, OPERATIONS, explain=_explain)
 

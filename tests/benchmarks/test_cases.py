@@ -17,7 +17,7 @@ from benchmarks.__main__ import names
 from benchmarks.cases import Benchmark, Candidate, Case
 
 CPU = torch.device("cpu")
-BENCHMARKS = [f"{package.__name__}.{name}" for package in (benchmarks.ops, benchmarks.models) for name in names(package)]
+OPS, MODELS = ([f"{of.__name__}.{name}" for name in names(of)] for of in (benchmarks.ops, benchmarks.models))
 
 
 class Untouched(TorchDispatchMode):
@@ -31,7 +31,7 @@ def _cases(module: str, quick: bool) -> Iterator[Candidate]:
 
 
 @pytest.mark.parametrize("quick", [True, False])
-@pytest.mark.parametrize("module", BENCHMARKS)
+@pytest.mark.parametrize("module", [*OPS, *MODELS])
 def test_names_are_unique_and_known_before_there_is_any_tensor(module: str, quick: bool) -> None:
     cases = _cases(module, quick)
     with Untouched():
@@ -39,7 +39,7 @@ def test_names_are_unique_and_known_before_there_is_any_tensor(module: str, quic
     assert len(set(found)) == len(found) > 0
 
 
-@pytest.mark.parametrize("module", [module for module in BENCHMARKS if ".ops." in module])  # models: their own tests
+@pytest.mark.parametrize("module", OPS)  # of models their own tests look
 def test_a_case_is_built_under_its_name_and_has_a_place_on_the_roofline(module: str) -> None:
     for candidate in _cases(module, quick=True):
         case = candidate.build()
@@ -62,8 +62,8 @@ def _curves(module: str, quick: bool) -> dict[tuple[str, torch.dtype], list[Case
 @pytest.mark.parametrize("quick", [True, False])
 def test_a_curve_is_over_one_thing_and_all_else_is_fixed(quick: bool) -> None:
     there_are = {"adain": 2, "minibatch_self_attention": 2, "sparse_attention": 3}
-    for name in names(benchmarks.ops):
-        curves = _curves(f"benchmarks.ops.{name}", quick)
+    for module in OPS:
+        name, curves = module.rpartition(".")[2], _curves(module, quick)
         assert len(curves) == there_are.get(name, 0)
         for (curve, _), points in curves.items():
             sizes = [point.growth[1] for point in points if point.growth]

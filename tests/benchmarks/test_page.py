@@ -33,7 +33,8 @@ def a_result(size: int, *, status: Any = "timed") -> Result:
         Row("gdl_kernels", 1e8, 1e6, ours=True, status=status, reason="it is off",
             samples_ms=[0.5 * size] * 3 if status == "timed" else [], peak_bytes=2**20 * size),
     ]  # fmt: skip
-    return Result("sparse_attention", f"n {size} <b>&", f"1×{size}", "float32", ("forward over batch", size), 1, top, rows)
+    growth = ("forward over batch", size)
+    return Result("sparse_attention", f"n {size} <b>&", f"1×{size}", "float32", growth, 1, top, rows)
 
 
 def a_run(**changes: Any) -> dict[str, Any]:

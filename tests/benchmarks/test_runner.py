@@ -183,12 +183,10 @@ def test_a_contestant_that_raises_after_its_check_has_no_time_and_the_others_hav
 
 @pytest.mark.parametrize("what", ["inputs", "ceiling", "build"])
 def test_what_raises_in_nobodys_row_is_the_case_s_failure(what: str) -> None:
-    case = _tiny(OURS)
-
-    def build() -> Case:
+    def gone(*_: Any) -> Any:
         raise MemoryError("all gone")
 
-    candidate = Deferred("square", build) if what == "build" else dataclasses.replace(case, **{what: lambda *_: build()})
+    candidate = Deferred("square", gone) if what == "build" else dataclasses.replace(_tiny(OURS), **{what: gone})
     result = run("tiny", candidate, PLAN)
     assert (result.case, result.failure, result.rows) == ("square", "MemoryError: all gone", [])
     written = record.document([result], [], CPU, quick=True)["results"][0]
@@ -475,8 +473,8 @@ def test_a_run_goes_on_after_a_failure_and_tells_it_at_its_end(tmp_path: Path, m
         (tmp_path / f"{name}.py").write_text(text.replace("import Case,", "import Case, Deferred,"))
     monkeypatch.setattr(benchmarks.ops, "__path__", [str(tmp_path)])
     path = tmp_path / "run.json"
-    command = ["--quick", "--device", "cpu", "--json", str(path), *(f"--op={n}" for n in ("a_broken", "b_unbuilt", "c_right"))]
-    outcome = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+    arguments = ["--quick", "--device", "cpu", "--op", "a_broken", "--op", "b_unbuilt", "--op", "c_right"]
+    outcome = CliRunner().invoke(app, [*arguments, "--json", str(path)], env={"COLUMNS": "200"})
     assert outcome.exit_code == 1, outcome.output
     told = outcome.output[outcome.output.index("Asked and measured") :]
     why = "AttributeError: 'Tensor' object has no attribute 'no_such'"
@@ -517,7 +515,8 @@ def test_cases_are_chosen_by_a_part_of_their_name(tmp_path: Path, monkeypatch: p
 
 
 def test_a_case_that_is_not_chosen_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = TWO_CASES.replace("      yield", "      yield Deferred(name.replace('square', 'unbuilt'), lambda: 1 / 0)\n      yield")
+    unbuilt = "      yield Deferred(name.replace('square', 'unbuilt'), lambda: 1 / 0)\n      yield"
+    text = TWO_CASES.replace("      yield", unbuilt)
     (tmp_path / "deferred.py").write_text(text.replace("import Case,", "import Case, Deferred,"))
     monkeypatch.setattr(benchmarks.ops, "__path__", [*benchmarks.ops.__path__, str(tmp_path)])
     for part, status in (("square", 0), ("unbuilt", 1), ("no such case", 2)):
