@@ -42,7 +42,8 @@ class Task:
         share: the error of outputs as a share of what is allowed, from these and what ``plain`` and ``truth`` give; it
             raises a ValueError if they are of another number, shape or dtype.
         flops: floating-point operations that one call needs, however many a contestant executes.
-        bytes: memory traffic that one call needs: each input read once, each output written once.
+        bytes: memory traffic that one call needs: each input read once, each output written once. Where more is needed
+            than can be told, as in a model, the part that can; 0 is none.
     """
 
     truth: Function

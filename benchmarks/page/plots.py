@@ -99,7 +99,9 @@ def _roofline(machine: str, runs: Sequence[Run]) -> str | None:
             bandwidth, kind = memory
             end = max(knees.values(), default=most)
             axes.plot([least, end], [least * bandwidth / 1e9, end * bandwidth / 1e9], color=_ROOF, linewidth=1.2)
-            axes.annotate(kind, (least, least * bandwidth / 1e9), ha="left", va="bottom", fontsize=8)
+            axes.annotate(
+                kind, (least, least * bandwidth / 1e9), xytext=(0, 6), textcoords="offset points", ha="left", fontsize=8
+            )
         for i, (op, of) in enumerate(points.items()):
             x, y = zip(*of)
             axes.scatter(x, y, s=18, label=op, alpha=0.8, **_look(i))

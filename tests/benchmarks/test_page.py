@@ -114,7 +114,7 @@ def test_what_failed_is_told(tmp_path: Path) -> None:
     del run["results"][-1]["failure"]  # as in runs of before there was such a thing
     write(tmp_path / "page.html", [("failed", run)])
     text = " ".join(Outline((tmp_path / "page.html").read_text(encoding="utf-8")).text.split())
-    assert "2 of the rows or cases failed, and have none." in text
+    assert "2 of the rows or cases failed, and have no time." in text
     assert "failed: it is off" in text
     assert "adain forward failed: MemoryError: all gone" in text
 

@@ -470,7 +470,7 @@ def test_a_run_goes_on_after_a_failure_and_tells_it_at_its_end(tmp_path: Path, m
     broken = TINY_OP.replace("OFFSET", "0.0").replace("Task(square, square,", "Task(lambda x: x.no_such, square,")
     unbuilt = broken.replace("    yield Case(", "    yield Deferred('square', lambda: 1 / 0) or Case(")
     for name, text in (("a_broken", broken), ("b_unbuilt", unbuilt), ("c_right", TINY_OP.replace("OFFSET", "0.0"))):
-        (tmp_path / f"{name}.py").write_text(text.replace("import Case,", "import Case, Deferred,"))
+        (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.setattr(benchmarks.ops, "__path__", [str(tmp_path)])
     path = tmp_path / "run.json"
     arguments = ["--quick", "--device", "cpu", "--op", "a_broken", "--op", "b_unbuilt", "--op", "c_right"]
@@ -516,8 +516,7 @@ def test_cases_are_chosen_by_a_part_of_their_name(tmp_path: Path, monkeypatch: p
 
 def test_a_case_that_is_not_chosen_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unbuilt = "      yield Deferred(name.replace('square', 'unbuilt'), lambda: 1 / 0)\n      yield"
-    text = TWO_CASES.replace("      yield", unbuilt)
-    (tmp_path / "deferred.py").write_text(text.replace("import Case,", "import Case, Deferred,"))
+    (tmp_path / "deferred.py").write_text(TWO_CASES.replace("      yield", unbuilt))
     monkeypatch.setattr(benchmarks.ops, "__path__", [*benchmarks.ops.__path__, str(tmp_path)])
     for part, status in (("square", 0), ("unbuilt", 1), ("no such case", 2)):
         outcome = CliRunner().invoke(app, ["--op", "deferred", "--quick", "--device", "cpu", "--case", part])
