@@ -51,8 +51,10 @@ def measured(run: Path) -> str:
         return "no case was measured"
     rows = [row for result in found["results"] for row in result["rows"]]
     cases, wrong = len(found["results"]), sum(row["status"] == "wrong" for row in rows)
+    failed = sum(row["status"] == "failed" for row in rows) + sum(bool(r["failure"]) for r in found["results"])
     more = ", no time for more" if found["cut_short"] else ""
-    return f"{cases} case{'s' * (cases != 1)}{more}" + (f"; {wrong} wrong" if wrong else "")
+    bad = ", ".join(f"{count} {what}" for count, what in ((wrong, "wrong"), (failed, "failed")) if count)
+    return f"{cases} case{'s' * (cases != 1)}{more}" + (f"; {bad}" if bad else "")
 
 
 def compared(comparison: Path) -> str:

@@ -375,6 +375,14 @@ def test_speed_is_told_over_eager_and_over_the_best_rival(tmp_path: Path) -> Non
     assert reports.measured(path) == "no case was measured"
     record.write(path, some_run())
     assert reports.measured(path) == "3 cases, no time for more; 1 wrong"
+    raised = Row("eager", 1e9, 0, status="failed", reason="RuntimeError: out of memory")
+    results = [
+        Result("adain", "forward", "", "float32", None, 0, Row("copy", 0.0, 1e9), [raised]),
+        Result.failed("adain", "backward", "RuntimeError: out of memory"),
+    ]
+    other = tmp_path / "images.json"
+    record.write(other, record.document(results, [], torch.device("cpu"), quick=True, cut_short={}))
+    assert reports.measured(other) == "2 cases; 2 failed"
     _headings, forward, backward, growth = speed_table([path, tmp_path / "none.json"]).splitlines()
     assert forward.split() == ["sparse_attention", "forward", "1", "ms", "4.00×", "2.00×", "flex", "50%"]
     assert " ".join(backward.split()) == "sparse_attention backward wrong: its error is 7 times what is allowed"
