@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 
 from . import _native
@@ -37,6 +38,21 @@ _TENSOR_LIST = "List[Tensor]"
 
 #: Verdicts of ``look``, in csrc/bindings_cpu_calls.cpp, on a call's arguments.
 _DISPATCH, _WITH_GRADIENT = 0, 2
+
+
+def _is_watched() -> bool:
+    """Whether something looks at ops, or changes what they mean."""
+    return (
+        _is_compiling()
+        or _included().raw_repr() | _NOT_IN_INFERENCE != _NOTHING_ON
+        or _function_mode_is_on()
+        or _profiler_is_on()
+    )
+
+
+def is_unseen(*tensors: Tensor) -> bool:
+    """Whether nobody would see an op of these tensors: then one of the CPU's kernels may work on their memory."""
+    return not _is_watched() and _native.cpu_module().look(tensors, False) != _DISPATCH
 
 
 def direct(
@@ -66,13 +82,7 @@ def direct(
     look = native.look if native is not None else None
 
     def call(*args: Any) -> Any:
-        if (
-            _is_compiling()
-            or look is None
-            or _included().raw_repr() | _NOT_IN_INFERENCE != _NOTHING_ON
-            or _function_mode_is_on()
-            or _profiler_is_on()
-        ):
+        if look is None or _is_watched():
             return dispatched(*args)
         verdict = look(args, _gradients_are_on())
         if verdict == _DISPATCH:

@@ -1,4 +1,4 @@
-"""Conditional batch norm on the GPU, in Triton.
+"""The kernels of conditional batch norm on the GPU, in Triton: three, of which all its derivatives are made.
 
 A tile is channels by pixels. Images lie planar or channels last by their strides alone: one of them is 1, for which
 Triton compiles a variant, and along that dimension threads load neighbouring numbers. Sums run over a tile's pixels. A
@@ -18,8 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import _images
-from .passes import Term
+from .... import _images
+
+#: A tensor and its weights, ``(N, C)`` or ``(C,)``.
+Term = tuple[Tensor, Tensor]
 
 #: Elements of a tile: with four warps a thread loads 16 of each tensor, in four instructions of 16 bytes for float32.
 #: Sums of three tensors' products take half a tile, for on sm_80 the whole spills. Not yet timed on any GPU.
@@ -191,7 +193,11 @@ class _Grid(NamedTuple):
     block: dict[str, int]
 
 
+# The launchers: images are in lines for ``last`` (see gdl_kernels/_images.py), and not empty.
+
+
 def moments(x: Tensor, last: bool) -> Tensor:
+    """``(2, C)``: each channel's mean over samples and pixels, sum of squares about it."""
     n, channels, pixels = _images.shape(x)
     grid = _grid(x, last, TILE)
     n_parts, step = n * grid.splits, n * grid.splits * channels
@@ -207,6 +213,7 @@ def moments(x: Tensor, last: bool) -> Tensor:
 
 
 def sums(v: Tensor | None, grad: Tensor, x: Tensor, mean: Tensor, last: bool) -> Tensor:
+    """``(2, N, C)``: sums of grad, grad (x - mean). With ``v`` ``(5, N, C)``: also of v, v (x - mean), v grad."""
     n, channels, pixels = _images.shape(x)
     grid = _grid(x, last, TILE if v is None else TILE // 2)
     n_parts, count = n * grid.splits, 2 if v is None else 5
@@ -221,6 +228,7 @@ def sums(v: Tensor | None, grad: Tensor, x: Tensor, mean: Tensor, last: bool) ->
 
 
 def combine(out: Tensor, others: Sequence[Term], x: Term | None, mean: Tensor, offset: Tensor, last: bool) -> None:
+    """The sum of weight * tensor over ``others``, of weight * (x - mean), and of ``offset``."""
     _, channels, pixels = _images.shape(out)
     grid = _grid(out, last, TILE, split_all=True)
     unused = out, mean
