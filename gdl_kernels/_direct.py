@@ -52,7 +52,10 @@ def _is_watched() -> bool:
 
 def is_unseen(*tensors: Tensor) -> bool:
     """Whether nobody would see an op of these tensors: then one of the CPU's kernels may work on their memory."""
-    return not _is_watched() and _native.cpu_module().look(tensors, False) != _DISPATCH
+    if _is_watched():
+        return False
+    native, _ = _native.cpu()
+    return native is not None and native.look(tensors, False) != _DISPATCH
 
 
 def direct(
