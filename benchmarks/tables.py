@@ -114,6 +114,8 @@ def three_digits(value: float) -> str:
 
 
 def duration(ms: float) -> str:
+    if ms < 0.09995:
+        return f"{three_digits(1e3 * ms)} µs"
     return f"{three_digits(ms)} ms" if ms < 999.5 else f"{three_digits(ms / 1e3)} s"
 
 

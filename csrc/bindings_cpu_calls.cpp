@@ -35,8 +35,9 @@ struct Torch {
   bool is_negative(py::handle object) const { return is_true(PyObject_CallOneArg(is_neg.ptr(), object.ptr())); }
 
   bool wants_gradient(py::handle object) const {
-    return is_true(Py_TYPE(requires_grad.ptr())
-                       ->tp_descr_get(requires_grad.ptr(), object.ptr(), reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()))));
+    return is_true(
+        Py_TYPE(requires_grad.ptr())
+            ->tp_descr_get(requires_grad.ptr(), object.ptr(), reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()))));
   }
 
  private:
@@ -110,7 +111,8 @@ class Signature {
         if (!add(sequence->first[i])) return false;
       return true;
     }
-    if (object == Py_None || PyBool_Check(object) || Py_TYPE(object) == reinterpret_cast<PyTypeObject*>(torch->dtype.ptr())) {
+    if (object == Py_None || PyBool_Check(object) ||
+        Py_TYPE(object) == reinterpret_cast<PyTypeObject*>(torch->dtype.ptr())) {
       put('=', object);  // one of each lives as long as the process
     } else if (PyFloat_CheckExact(object)) {
       put('.', PyFloat_AS_DOUBLE(object));
@@ -177,9 +179,8 @@ void prefer_huge_pages_for(py::handle out) {
 const Binding binding([](py::module_& module) {
   Tensor::bind();
   torch = new Torch;  // the types live as long as the process
-  module.def("look", [](const py::tuple& arguments, bool gradients) {
-    return static_cast<int>(look(arguments, gradients));
-  });
+  module.def("look",
+             [](const py::tuple& arguments, bool gradients) { return static_cast<int>(look(arguments, gradients)); });
   module.def("signature", [](const py::tuple& arguments) { return signature(arguments); });
   module.def("prefer_huge_pages", &prefer_huge_pages_for);
 });

@@ -1,6 +1,7 @@
-// Tensors as bindings read them: through the table of C functions that torch, as every library of arrays with DLPack 1.3,
-// has at `Tensor.__dlpack_c_exchange_api__`. DLPack fixes its layout for good, so no header of torch is needed, and one
-// build serves every torch that has it. A tensor takes 60 ns to read so, and from Python as long for its shape alone.
+// Tensors as bindings read them: through the table of C functions that torch, as every library of arrays with
+// DLPack 1.3, has at `Tensor.__dlpack_c_exchange_api__`. DLPack fixes its layout for good, so no header of torch is
+// needed, and one build serves every torch that has it. A tensor takes 60 ns to read so, and from Python as long for
+// its shape alone.
 #pragma once
 
 #include <pybind11/pybind11.h>

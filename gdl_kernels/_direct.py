@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 from . import _native
 
@@ -41,18 +43,15 @@ _DISPATCH, _WITH_GRADIENT = 0, 2
 
 
 def _is_watched() -> bool:
-    """Whether something looks at ops, or changes what they mean."""
+    """Whether something else than the compiler looks at ops, or changes what they mean."""
     return (
-        _is_compiling()
-        or _included().raw_repr() | _NOT_IN_INFERENCE != _NOTHING_ON
-        or _function_mode_is_on()
-        or _profiler_is_on()
+        _included().raw_repr() | _NOT_IN_INFERENCE != _NOTHING_ON or _function_mode_is_on() or _profiler_is_on()
     )
 
 
 def is_unseen(*tensors: Tensor) -> bool:
     """Whether nobody would see an op of these tensors: then one of the CPU's kernels may work on their memory."""
-    if _is_watched():
+    if _is_compiling() or forward_ad._current_level >= 0 or _is_watched():
         return False
     native, _ = _native.cpu()
     return native is not None and native.look(tensors, False) != _DISPATCH
@@ -85,6 +84,10 @@ def direct(
     look = native.look if native is not None else None
 
     def call(*args: Any) -> Any:
+        if _is_compiling():
+            return dispatched(*args)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(schema.name, args)
         if look is None or _is_watched():
             return dispatched(*args)
         verdict = look(args, _gradients_are_on())
@@ -99,6 +102,16 @@ def direct(
 
     call.dispatched = dispatched  # type: ignore[attr-defined]
     return call
+
+
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """In forward mode an op without a formula would be taken for a constant."""
+    for tensor in tree_leaves(args):
+        if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{name} has no forward-mode derivative on the backend {args[-1]!r}: use backend='reference' there, "
+                "or differentiate backwards"
+            )
 
 
 def _differentiable(

@@ -5,7 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import uuid
 import warnings
+from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import gdl_kernels as gdl
 from gdl_kernels import _backends, _native
+from gdl_kernels.ops.pixel_norm import op as pixel_norm
 
 
 def choices(op: str, **reasons: list[str]) -> _backends.Choices:
@@ -50,6 +54,14 @@ def test_auto_warns_once_of_each_reason() -> None:
     other = choices("an op of test_auto_warns_once", cpu=["it snows"])
     with pytest.warns(UserWarning, match="it snows"):
         other.pick(CPU, None)
+
+
+def test_a_warning_is_of_the_line_that_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backends, "_served", {})
+    monkeypatch.setitem(pixel_norm.choices.reasons, "cpu", lambda *_, **__: ["it rains on images"])
+    with pytest.warns(UserWarning, match="it rains on images") as caught:
+        gdl.pixel_norm(torch.randn(2, 3, 4, 5))
+    assert caught[0].filename == __file__
 
 
 def test_asking_for_a_backend_that_cannot_raises_with_every_reason() -> None:
@@ -161,3 +173,98 @@ def test_regions_of_threads_may_end_in_any_order() -> None:
     assert _backends._regions == [("cpu",)]
     inner.__exit__(None, None, None)
     assert _backends._regions == []
+
+
+needs_native = pytest.mark.skipif(bool(_native.missing("cpu")), reason="no C++ kernels")
+
+
+def counted() -> tuple[Callable[..., str], list[tuple[Any, ...]]]:
+    """A check that refuses numbers below zero, and the calls that it was made for."""
+    made: list[tuple[Any, ...]] = []
+    choices_of_it = choices(f"an op of {uuid.uuid4()}", cpu=[])
+
+    def check(backend: str | None, *args: Any) -> str:
+        made.append(args)
+        if any(type(a) is float and a < 0 for a in args):
+            raise ValueError("below zero")
+        return choices_of_it.pick(CPU, backend)
+
+    return choices_of_it.serving(check), made
+
+
+@needs_native
+def test_a_kind_of_call_is_checked_once() -> None:
+    serving, made = counted()
+    weights = [torch.randn(2, 3), torch.randn(3)]
+    for _ in range(3):
+        assert serving(None, torch.randn(2, 3), weights, None, 1.0, 2, True, "text", torch.float16) == "cpu"
+    assert len(made) == 1
+
+
+@needs_native
+@pytest.mark.parametrize("backend", [None, "auto", "cpu"])
+def test_calls_that_differ_in_anything_but_numbers_of_tensors_are_of_other_kinds(backend: str | None) -> None:
+    serving, made = counted()
+    x = torch.randn(2, 3)
+    kinds: list[tuple[Any, ...]] = [
+        (x, 1), (x, True), (x, 1.0), (x, 2.0), (x, None), (x, "1"), (x, "2"), (x, torch.float32), (x, torch.float64),
+        (x,), ([x],), ([x, x],), ([x], x), (x, [x]), ([], x, x), (1, x), (x.double(), 1), (x.bfloat16(), 1),
+        (x.half(), 1), (x.t(), 1), (x.t().contiguous(), 1), (x[:1], 1), (x[None], 1), (x.detach().requires_grad_(), 1),
+    ]  # fmt: skip
+    for kind in kinds:
+        serving(backend, *kind)
+    assert len(made) == len(kinds)
+    for kind in kinds:
+        assert serving(backend, *kind) == "cpu"
+    assert len(made) == len(kinds)
+
+
+@needs_native
+def test_a_bad_call_is_refused_each_time() -> None:
+    serving, _ = counted()
+    x = torch.randn(2, 3)
+    for _ in range(2):
+        assert serving(None, x, 1.0) == "cpu"
+        with pytest.raises(ValueError, match="below zero"):
+            serving(None, x, -1.0)
+    for _ in range(2):
+        assert gdl.pixel_norm(x).shape == x.shape
+        with pytest.raises(ValueError, match="eps must be positive"):
+            gdl.pixel_norm(x, eps=-1.0)
+        with pytest.raises(TypeError, match="x must be float32"):
+            gdl.pixel_norm(x.long())
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "odd",
+    [object(), 2**70, Fraction(1, 2), torch.empty(2, 3, device="meta"), {"x": 1}],
+    ids=["object", "large integer", "fraction", "meta tensor", "dictionary"],
+)
+def test_what_has_no_signature_is_checked_each_time(odd: Any) -> None:
+    serving, made = counted()
+    for _ in range(2):
+        serving(None, torch.randn(2, 3), odd)
+    assert len(made) == 2
+
+
+@needs_native
+def test_a_region_is_another_kind_of_call() -> None:
+    serving, made = counted()
+    x = torch.randn(2, 3)
+    assert serving(None, x) == "cpu"
+    with gdl.backend("reference"):
+        assert serving(None, x) == "reference"
+    assert serving(None, x) == "cpu"
+    assert len(made) == 2
+
+
+@needs_native
+def test_no_more_kinds_are_remembered_than_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backends, "_served", {})
+    monkeypatch.setattr(_backends, "REMEMBERED", 3)
+    serving, made = counted()
+    for n in range(1, 9):
+        serving(None, torch.randn(n))
+        assert len(_backends._served) <= 3
+    assert len(made) == 8

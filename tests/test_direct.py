@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -138,6 +139,23 @@ def test_transforms_see_ops() -> None:
     with pytest.raises(RuntimeError):
         torch.func.grad(lambda x: call(x, 1e-8, "cpu").sum())(x)  # as of every registered op
     assert not came
+
+
+@needs_cpu
+def test_forward_mode_is_refused_and_not_taken_for_a_constant() -> None:
+    x, tangent = images(), images()
+    with pytest.raises(NotImplementedError, match=r"gdl_kernels::pixel_norm has no forward-mode .* 'cpu'"):
+        torch.func.jvp(gdl.pixel_norm, (x,), (tangent,))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        for takes_dual in (gdl.pixel_norm, lambda x: gdl.orthogonalize([x[0, 0]], steps=1)):
+            with pytest.raises(NotImplementedError, match="backend='reference'"):
+                takes_dual(dual)
+        assert torch.equal(gdl.pixel_norm(x), gdl.pixel_norm(x.clone()))  # has no tangent
+        found = forward_ad.unpack_dual(gdl.pixel_norm(dual, backend="reference")).tangent
+    step = 1e-3 * tangent
+    quotient = (gdl.pixel_norm(x + step) - gdl.pixel_norm(x - step)) / 2e-3
+    torch.testing.assert_close(found, quotient, rtol=1e-2, atol=1e-3)
 
 
 @needs_cpu

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -30,6 +31,16 @@ MEASURED = pytest.StashKey[dict[str, dict[str, Measured]]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[MEASURED] = {}
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    machine_info |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    del machine_info["node"]  # whose machine it is matters to nobody
+
+
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    for measured in output_json["benchmarks"]:
+        measured["stats"].pop("data", None)  # every round's time
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

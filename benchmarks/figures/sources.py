@@ -1,4 +1,4 @@
-"""Result files: those of ``python -m benchmarks --json``, and those of ``python -m models compare --json``."""
+"""Result files, of ``python -m benchmarks --json``, ``python -m models compare --json`` and ``benchmarks/dispatch``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Source:
 
 
 def read(path: Path) -> Source:
-    """A run, or a comparison: its phases are then the cases, and its op is the name of the file.
+    """A run; a comparison: its phases are then the cases; or what calls cost. Of these two the op is the file's name.
 
     Raises:
         ValueError: naming the file, if it can't be read or is neither.
@@ -42,6 +42,8 @@ def read(path: Path) -> Source:
     found = record.read_json(path)
     if isinstance(found, dict) and "phases" in found:
         return _comparison(path, found)
+    if isinstance(found, dict) and "benchmarks" in found:
+        return _calls(path, found)
     run = record.checked(path, found)
     machine = run["machine"]
     device = machine["gpu"] or f"{machine['cpu']}, {machine['cpu_capability']}, {_threads(machine['threads'])}"
@@ -58,6 +60,22 @@ def _comparison(path: Path, found: Mapping[str, Any]) -> Source:
         device += f", {_threads(machine['threads'])}"
     results = [_phase(path.stem, phase, sides, found) for phase, sides in found["phases"].items()]
     return _source(path, device, machine["torch"], found, results)
+
+
+def _calls(path: Path, found: Mapping[str, Any]) -> Source:
+    """What pytest-benchmark wrote: of each call the fastest round, and what is left of it without the kernel."""
+    machine, commit = found["machine_info"], found["commit_info"]
+    about = {"commit": commit.get("id"), "modified": commit.get("dirty", False), "date": found["datetime"]}
+    device = f"{machine['cpu']['brand_raw']}, {_threads(machine['threads'])}"
+    results = []
+    for call in found["benchmarks"]:
+        whole, kernel = call["stats"]["min"], call["extra_info"].get("kernel")
+        rows = [Row("call", 0.0, 0.0, ours=True, samples_ms=[1e3 * whole])]
+        if kernel is not None:
+            rows.append(Row("the rest", 0.0, 0.0, samples_ms=[1e3 * (whole - kernel)]))
+        case = f"{call['params']['name']}; {call['group']}"
+        results.append(Result(path.stem, case, "", "", None, 0, Row("none", 0.0, 0.0), rows))
+    return _source(path, device, machine["torch"], about, results)
 
 
 def _source(path: Path, device: str, torch: str, about: Mapping[str, Any], results: list[Result]) -> Source:

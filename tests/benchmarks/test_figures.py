@@ -228,6 +228,40 @@ def written_comparison(path: Path, *, agree: bool, **about: Any) -> None:
     path.write_text(json.dumps({"model": "sagan", **about, **found}), encoding="utf-8")
 
 
+def test_what_calls_cost_is_a_source(root: Path) -> None:
+    def call(name: str, group: str, seconds: float, kernel: float | None) -> dict[str, Any]:
+        return {
+            "group": group, "params": {"name": name}, "stats": {"min": seconds}, "extra_info": {"kernel": kernel},
+        }  # fmt: skip
+
+    found = {
+        "machine_info": {"cpu": {"brand_raw": "Some(R) CPU"}, "threads": 1, "torch": "2.13.0+cpu"},
+        "commit_info": {"id": "0123456789abcdef", "dirty": False},
+        "datetime": "2026-11-26T08:00:00+00:00",
+        "benchmarks": [
+            call("F.group_norm", "forward", 4e-6, None),
+            call("adain", "forward", 9e-6, 1.5e-6),
+            call("adain", "forward with a gradient", 3.05e-5, 1.5e-6),
+        ],
+    }
+    (root / "benchmarks/results/here/dispatch.json").write_text(json.dumps(found), encoding="utf-8")
+    text = """\
+<!-- figures
+from here/dispatch.json
+columns *; forward
+  forward = {time}
+  besides the kernel = {time of the rest}
+rows
+  *
+-->
+<!-- /figures -->
+"""
+    assert cells(root, text)[2:] == [["F.group_norm", "4.00 µs", "–"], ["adain", "9.00 µs", "7.50 µs"]]
+    caption = " ".join((root / "docs" / "a.md").read_text(encoding="utf-8").split())
+    assert "On here (Some CPU, 1 thread, PyTorch 2.13.0):" in caption
+    assert "at 0123456, 2026-11-26." in caption
+
+
 COMPARISON = "<!-- figures\nfrom here/c.json\ncolumns\n  x = {time}\nrows\n  forward\n-->\n<!-- /figures -->\n"
 
 
@@ -346,5 +380,7 @@ def test_three_digits(value: float, text: str) -> None:
 
 
 def test_units() -> None:
-    assert [duration(ms) for ms in (0.2524, 999.4, 999.6, 23562.0)] == ["0.252 ms", "999 ms", "1.00 s", "23.6 s"]
+    assert [duration(ms) for ms in (0.00823, 0.09992, 0.09996, 0.2524, 999.4, 999.6, 23562.0)] == [
+        "8.23 µs", "99.9 µs", "0.100 ms", "0.252 ms", "999 ms", "1.00 s", "23.6 s",
+    ]  # fmt: skip
     assert [times(ratio) for ratio in (0.842, 1.3, 9.73, 20.2, 361.9)] == ["0.84×", "1.30×", "9.73×", "20.2×", "362×"]
