@@ -44,9 +44,7 @@ _DISPATCH, _WITH_GRADIENT = 0, 2
 
 def _is_watched() -> bool:
     """Whether something else than the compiler looks at ops, or changes what they mean."""
-    return (
-        _included().raw_repr() | _NOT_IN_INFERENCE != _NOTHING_ON or _function_mode_is_on() or _profiler_is_on()
-    )
+    return _included().raw_repr() | _NOT_IN_INFERENCE != _NOTHING_ON or _function_mode_is_on() or _profiler_is_on()
 
 
 def is_unseen(*tensors: Tensor) -> bool:
