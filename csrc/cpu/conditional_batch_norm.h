@@ -1,4 +1,5 @@
-// Conditional batch norm on the CPU: forward, backward and double backward. docs/conditional_batch_norm.md has the maths.
+// Conditional batch norm on the CPU: forward, backward and double backward; docs/conditional_batch_norm.md has the
+// maths.
 #pragma once
 
 #include <functional>
@@ -16,11 +17,11 @@ struct Ranks {
   std::function<double(std::int64_t)> merge;
 };
 
-// T: float, double, float16 or bfloat16. Numbers of planes (N, C) and of channels (C) are dense and in what sums are kept
-// in: float, in double for double. The results do not depend on the number of threads. Images may be empty.
+// T: float, double, float16 or bfloat16. Numbers of planes (N, C) and of channels (C) are dense and in what sums are
+// kept in: float, in double for double. The results do not depend on the number of threads. Images may be empty.
 
-// y = gain * (x - mean) * rstd + bias. statistics (3, C): mean, rstd = 1 / sqrt(var + eps), unbiased variance. Without a
-// mean and a var they are those of the batch, and (2, C) numbers go over the ranks; else the last is var itself.
+// y = gain * (x - mean) * rstd + bias. statistics (3, C): mean, rstd = 1 / sqrt(var + eps), unbiased variance. Without
+// a mean and a var they are those of the batch, and (2, C) numbers go over the ranks; else the last is var itself.
 template <typename T>
 void conditional_batch_norm_forward(Images images, Lines<const T> x, const accumulator_t<T>* gain,
                                     const accumulator_t<T>* bias, const accumulator_t<T>* mean,
@@ -34,8 +35,8 @@ void conditional_batch_norm_backward(Images images, Lines<const T> grad, Lines<c
                                      accumulator_t<T>* grad_gain, accumulator_t<T>* grad_bias, const Ranks& ranks,
                                      int threads);
 
-// The gradients of grad, x and gain, from v, v_gain and v_bias, those of what backward gives. In training (7, C) numbers
-// go over the ranks.
+// The gradients of grad, x and gain, from v, v_gain and v_bias, those of what backward gives. In training (7, C)
+// numbers go over the ranks.
 template <typename T>
 void conditional_batch_norm_double_backward(Images images, Lines<const T> v, const accumulator_t<T>* v_gain,
                                             const accumulator_t<T>* v_bias, Lines<const T> grad, Lines<const T> x,
