@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._arguments import check_finite, check_floating, check_parameter, check_positive, to_dtype
-from ..._direct import is_unseen
+from ..._direct import DISPATCHED, way_of
 from . import cpu, op, ranks, reference
 
 
@@ -81,7 +81,8 @@ def _move(
     if (
         backend == "cpu"
         and not isinstance(momentum, Tensor)
-        and is_unseen(running_mean, running_var, statistics)
+        and way_of("gdl_kernels::conditional_batch_norm", (running_mean, running_var, statistics, backend))
+        != DISPATCHED
         and not (running_mean.is_inference() or running_var.is_inference())  # torch knows when these may change
     ):
         cpu.move(running_mean, running_var, statistics, momentum)

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..matrices import Matrix, laid_out_like, matrix
+from .. import vectors
 from . import kernels
+from .matrices import Matrix, laid_out_like, matrix
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -113,10 +114,11 @@ def _captured_addresses(numbers: tuple[int, ...], device: torch.device) -> Tenso
 
 
 def forward(
-    outputs: tuple[list[Tensor], list[Tensor], list[Tensor], Tensor], weights: list[Tensor], us: list[Tensor],
-    vs: list[Tensor], n_power_iterations: int, eps: float, semantics: str, backend: str,
+    outputs: tuple[list[Tensor], Tensor], weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor],
+    n_power_iterations: int, eps: float, semantics: str, backend: str,
 ) -> None:  # fmt: skip
-    out, new_us, new_vs, sigmas = outputs
+    out, found = outputs
+    sigmas, new_us, new_vs = vectors.parts(found, weights)
     matrices = [matrix(weight) for weight in weights]
     wide_us = [u.to(sigmas.dtype).contiguous() for u in us]
     wide_vs = [m.to_memory(v.to(sigmas.dtype)) for m, v in zip(matrices, vs)]
@@ -165,14 +167,14 @@ def forward(
 
 
 def backward(
-    grad_weights: list[Tensor], grads: list[Tensor], weights: list[Tensor], us: list[Tensor], vs: list[Tensor],
-    sigmas: Tensor, backend: str,
-) -> None:  # fmt: skip
+    grad_weights: list[Tensor], grads: list[Tensor], weights: list[Tensor], found: Tensor, backend: str
+) -> None:
+    sigmas, us, vs = vectors.parts(found, weights)
     matrices = [matrix(weight) for weight in weights]
     grads = [laid_out_like(grad, like) for grad, like in zip(grads, grad_weights)]
     there = [m.to_memory(v) for m, v in zip(matrices, vs)]
     tensors = [m.tensor for m in matrices]
-    lines = list(zip(tensors, grad_weights, [u.contiguous() for u in us], there, grads))
+    lines = list(zip(tensors, grad_weights, us, there, grads))
     device = sigmas.device
     work, addresses = _work(_shapes(matrices), device), _addresses(lines, device)
     products = torch.empty(len(work.pieces), dtype=sigmas.dtype, device=device)
@@ -182,7 +184,7 @@ def backward(
     }  # fmt: skip
     tables = work.shapes, addresses, work.pieces
     _launch(kernels._inner_products, len(work.pieces), device, *tables, products, **constants)
-    _launch(kernels._gradients, len(work.pieces), device, *tables, products, sigmas.contiguous(), **constants)
+    _launch(kernels._gradients, len(work.pieces), device, *tables, products, sigmas, **constants)
 
 
 def _shapes(matrices: Sequence[Matrix]) -> Shapes:
