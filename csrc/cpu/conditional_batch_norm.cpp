@@ -1,315 +1,243 @@
 #include "conditional_batch_norm.h"
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 
 #include "buffer.h"
-#include "elementwise.h"
+#include "conditional_batch_norm_passes.h"
+
+// Between the passes there are numbers of planes, (N, C), and of channels, (C). xhat = (x - mean) * rstd, and m(t) is a
+// channel's mean, over all ranks.
 
 namespace gdl {
 namespace {
 
 using std::int64_t;
 
-// Elements of a tile: moments read it twice, the second time from L1.
-constexpr int64_t kTile = 4096;
-
-// Elements whose sum is kept in the dtype that they are widened to; such sums are added in double.
-constexpr int64_t kPiece = 512;
-
-// With channels last, the rows of a tile, and the channels whose sums are kept in L1 while its rows are walked.
-constexpr int64_t kRows = 64;
+// Channels whose sums stay in L1 while the images are walked.
 constexpr int64_t kStrip = 256;
 
-// How images are cut into tiles. Planar: a run of a plane's pixels, or several small planes in one task. Channels last:
-// rows. A tile has the same place in memory whatever the number of threads.
-struct Tiles {
-  explicit Tiles(const Images& images)
-      : images(images),
-        pixels(images.channels_last ? kRows : kTile),
-        per_image((images.pixels + pixels - 1) / pixels),
-        channels(images.channels_last ? images.channels : std::max<int64_t>(1, kTile / images.pixels)),
-        blocks((images.channels + channels - 1) / channels) {}
+bool is_empty(const Images& images) { return images.count * images.channels * images.pixels == 0; }
+int64_t planes_of(const Images& images) { return images.count * images.channels; }
+int64_t values_per_channel(const Images& images) { return images.count * images.pixels; }
 
-  int64_t tasks() const { return images.count * blocks * per_image; }
-  int64_t size(int64_t tile) const { return std::min(pixels, images.pixels - tile * pixels); }
-  int64_t parts() const { return images.count * per_image; }
-
-  Images images;
-  int64_t pixels;     // of a tile
-  int64_t per_image;  // tiles of a plane
-  int64_t channels;   // of a task
-  int64_t blocks;     // of channels
-};
-
-struct Task {
-  int64_t n, tile, first_channel, end_channel;
-};
-
-// f(task). In the other direction, a pass begins where the one before has ended, with what is still in the caches.
+// f(c, i) for the plane i of channel c.
 template <typename F>
-void for_each_task(const Tiles& tiles, int threads, bool backwards, F f) {
-  const int64_t count = tiles.tasks();
+void for_each_plane(const Images& images, int threads, F f) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t task = backwards ? count - 1 - i : i;
-    const int64_t block = task / tiles.per_image % tiles.blocks, first = block * tiles.channels;
-    f(Task{task / tiles.per_image / tiles.blocks, task % tiles.per_image, first,
-           std::min(first + tiles.channels, tiles.images.channels)});
+  for (int64_t n = 0; n < images.count; ++n) {
+    const int64_t first = n * images.channels;
+#pragma GCC ivdep
+    for (int64_t c = 0; c < images.channels; ++c) f(c, first + c);
   }
 }
 
-// sums[c] += the sum of term(row)(at c) over rows. Four rows at a time: one sum is loaded and stored for four terms.
-template <typename A, typename Term>
-void add_rows(A* sums, int64_t channels, int64_t rows, Term term) {
-  int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) {
-    const auto a = term(row), b = term(row + 1), c = term(row + 2), d = term(row + 3);
-    write(sums, channels, [=](auto at) { return at(sums) + ((a(at) + b(at)) + (c(at) + d(at))); });
-  }
-  for (; row < rows; ++row) {
-    const auto a = term(row);
-    write(sums, channels, [=](auto at) { return at(sums) + a(at); });
-  }
-}
-
-// The moments of `size` numbers, from their sum, and the sum and sum of squares of what they differ from `around`, which
-// is their mean but for rounding.
-template <typename A>
-void put_moments(A around, A rest, A squares, int64_t size, double* mean, double* out) {
-  const double part = static_cast<double>(rest) / static_cast<double>(size);
-  *mean = static_cast<double>(around) + part;
-  *out = std::max(static_cast<double>(squares) - static_cast<double>(rest) * part, 0.0);  // NaN stays NaN
-}
-
-template <typename T>
-void plane_moments(const T* x, int64_t size, double* mean, double* squares) {
-  using A = accumulator_t<T>;
-  const A around = sum_up<A>(size, [=](auto at) { return at(x); })[0] / static_cast<A>(size);
-  const auto differs = [=](auto at) { return at(x) - around; };
-  const auto [rest, square] = sum_up<A>(size, differs, [=](auto at) { return differs(at) * differs(at); });
-  put_moments<A>(around, rest, square, size, mean, squares);
-}
-
-template <typename T>
-void row_moments(Lines<const T> x, int64_t n, int64_t first_row, int64_t rows, int64_t channels, double* mean,
-                 double* squares) {
-  using A = accumulator_t<T>;
-  alignas(64) A around[kStrip], rest[kStrip], square[kStrip];
-  for (int64_t c = 0; c < channels; c += kStrip) {
-    const int64_t width = std::min(kStrip, channels - c);
-    const auto line = [&](int64_t row) { return x.at(n, first_row + row) + c; };
-    std::fill_n(around, width, A(0));
-    std::fill_n(rest, width, A(0));
-    std::fill_n(square, width, A(0));
-    add_rows(around, width, rows, [&](int64_t row) { return [p = line(row)](auto at) { return at(p); }; });
-    for (int64_t i = 0; i < width; ++i) around[i] /= static_cast<A>(rows);
-    const A* middle = around;
-    add_rows(rest, width, rows, [&](int64_t row) {
-      return [=, p = line(row)](auto at) { return at(p) - at(middle); };
-    });
-    add_rows(square, width, rows, [&](int64_t row) {
-      return [=, p = line(row)](auto at) {
-        const auto d = at(p) - at(middle);
-        return d * d;
-      };
-    });
-    for (int64_t i = 0; i < width; ++i)
-      put_moments<A>(around[i], rest[i], square[i], rows, mean + c + i, squares + c + i);
-  }
-}
-
-// Chan's formula for all tiles of a channel at once: with the mean of all, each tile adds its own squares and, as often
-// as it has numbers, the square of how far its mean is off.
-void merge(const Tiles& tiles, const double* means, const double* squares, double* mean, double* square, int threads) {
-  const int64_t channels = tiles.images.channels, strips = (channels + kStrip - 1) / kStrip;
-  const double count = static_cast<double>(tiles.images.count * tiles.images.pixels);
+// means (count, C): m of what `term` gives, count numbers of a plane that are summed over its pixels.
+template <int count, typename Term>
+void mean_over_ranks(const Images& images, const Ranks& ranks, int threads, Term term) {
+  const int64_t channels = images.channels, strips = (channels + kStrip - 1) / kStrip;
+  double* const sums = ranks.numbers;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t strip = 0; strip < strips; ++strip) {
     const int64_t first = strip * kStrip, end = std::min(first + kStrip, channels);
-    std::fill(mean + first, mean + end, 0.0);
-    std::fill(square + first, square + end, 0.0);
-    for (int64_t part = 0; part < tiles.parts(); ++part) {
-      const double share = static_cast<double>(tiles.size(part % tiles.per_image)) / count;
-      const double* m = means + part * channels;
+    for (int k = 0; k < count; ++k) std::fill(sums + k * channels + first, sums + k * channels + end, 0.0);
+    for (int64_t n = 0; n < images.count; ++n) {
 #pragma GCC ivdep
-      for (int64_t c = first; c < end; ++c) mean[c] += share * m[c];
-    }
-    for (int64_t part = 0; part < tiles.parts(); ++part) {
-      const double size = static_cast<double>(tiles.size(part % tiles.per_image));
-      const double *m = means + part * channels, *s = squares + part * channels;
-#pragma GCC ivdep
-      for (int64_t c = first; c < end; ++c) square[c] += s[c] + size * (m[c] - mean[c]) * (m[c] - mean[c]);
-    }
-  }
-}
-
-// Parts of lines.
-template <typename T>
-struct Pointers {
-  const T *v, *grad, *x;
-};
-
-// f(the terms of conditional_batch_norm_sums): of pointers, each gives an expression of a place in their lines.
-template <bool kSecond, typename T, typename Mean, typename F>
-auto with_terms(Mean mean, F f) {
-  using P = Pointers<T>;
-  const auto grad = [](P p) { return [=](auto at) { return at(p.grad); }; };
-  const auto grad_x = [mean](P p) { return [=](auto at) { return at(p.grad) * (at(p.x) - at(mean)); }; };
-  if constexpr (kSecond) {
-    const auto v = [](P p) { return [=](auto at) { return at(p.v); }; };
-    const auto v_x = [mean](P p) { return [=](auto at) { return at(p.v) * (at(p.x) - at(mean)); }; };
-    const auto v_grad = [](P p) { return [=](auto at) { return at(p.v) * at(p.grad); }; };
-    return f(grad, grad_x, v, v_x, v_grad);
-  } else {
-    return f(grad, grad_x);
-  }
-}
-
-template <bool kSecond, typename T>
-void sums_of_planes(const Images& images, Lines<const T> v, Lines<const T> grad, Lines<const T> x,
-                    const accumulator_t<T>* mean, accumulator_t<T>* sums, int threads) {
-  using A = accumulator_t<T>;
-  constexpr int count = kSecond ? 5 : 2;
-  const Tiles tiles(images);
-  // parts (count, N, tiles of an image, C)
-  const int64_t step = tiles.parts() * images.channels;
-  const bool whole = tiles.per_image == 1;
-  const Buffer<A> memory = make_buffer<A>(whole ? 0 : count * step);
-  A* parts = whole ? sums : memory.get();
-  for_each_task(tiles, threads, false, [=](const Task& task) {
-    A* out = parts + (task.n * tiles.per_image + task.tile) * images.channels;
-    const int64_t first = task.tile * tiles.pixels, size = tiles.size(task.tile);
-    if (!images.channels_last) {
-      for (int64_t c = task.first_channel; c < task.end_channel; ++c) {
-        const Pointers<T> p{kSecond ? v.at(task.n, c) + first : nullptr, grad.at(task.n, c) + first,
-                            x.at(task.n, c) + first};
-        std::array<double, count> total = {};
-        for (int64_t i = 0; i < size; i += kPiece) {
-          const Pointers<T> piece{kSecond ? p.v + i : nullptr, p.grad + i, p.x + i};
-          const auto found = with_terms<kSecond, T>(
-              mean[c], [=](auto... terms) { return sum_up<A>(std::min(kPiece, size - i), terms(piece)...); });
-          for (int k = 0; k < count; ++k) total[k] += static_cast<double>(found[k]);
-        }
-        for (int k = 0; k < count; ++k) out[k * step + c] = static_cast<A>(total[k]);
-      }
-      return;
-    }
-    for (int64_t c = 0; c < images.channels; c += kStrip) {
-      const int64_t width = std::min(kStrip, images.channels - c);
-      const auto add = [&](int k, auto term) {
-        std::fill_n(out + k * step + c, width, A(0));
-        add_rows(out + k * step + c, width, size, [&](int64_t row) {
-          const Pointers<T> p{kSecond ? v.at(task.n, first + row) + c : nullptr, grad.at(task.n, first + row) + c,
-                              x.at(task.n, first + row) + c};
-          return term(p);
-        });
-      };
-      int k = 0;
-      with_terms<kSecond, T>(mean + c, [&](auto... terms) { (add(k++, terms), ...); });
-    }
-  });
-  if (whole) return;
-  const int64_t planes = images.count * images.channels;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t n = 0; n < images.count; ++n) {
-    for (int k = 0; k < count; ++k) {
-      for (int64_t c = 0; c < images.channels; ++c) {
-        const A* part = parts + k * step + n * tiles.per_image * images.channels + c;
-        double sum = 0;
-        for (int64_t tile = 0; tile < tiles.per_image; ++tile) sum += static_cast<double>(part[tile * images.channels]);
-        sums[k * planes + n * images.channels + c] = static_cast<A>(sum);
+      for (int64_t c = first; c < end; ++c) {
+        const auto terms = term(n * channels + c);
+        for (int k = 0; k < count; ++k) sums[k * channels + c] += static_cast<double>(terms[k]);
       }
     }
   }
+  const double values = std::max(ranks.merge(values_per_channel(images)), 1.0);
+  for (int64_t i = 0; i < count * channels; ++i) sums[i] /= values;
 }
 
-// Weights are numbers along a line of pixels, and lines themselves along a line of channels.
-template <int kOthers, bool kX, typename T, typename Number>
-auto combination(const T* a, const T* b, const T* x, Number a_weight, Number b_weight, Number x_weight, Number mean,
-                 Number offset) {
-  return [=](auto at) {
-    if constexpr (kOthers == 0) return at(x_weight) * (at(x) - at(mean)) + at(offset);
-    else if constexpr (!kX) return at(a_weight) * at(a) + at(offset);
-    else if constexpr (kOthers == 1) return at(x_weight) * (at(x) - at(mean)) + (at(a_weight) * at(a) + at(offset));
-    else
-      return at(x_weight) * (at(x) - at(mean)) + (at(a_weight) * at(a) + (at(b_weight) * at(b) + at(offset)));
-  };
+// As conditional_batch_norm_sums, whose images have pixels.
+template <typename T, typename A = accumulator_t<T>>
+Buffer<A> sums_of_planes(const Images& images, const Lines<const T>* v, Lines<const T> grad, Lines<const T> x,
+                         const A* mean, int threads) {
+  const int64_t numbers = (v == nullptr ? 2 : 5) * planes_of(images);
+  Buffer<A> sums = make_buffer<A>(numbers);
+  if (is_empty(images))
+    std::fill_n(sums.get(), numbers, A(0));
+  else
+    conditional_batch_norm_sums<T>(images, v, grad, x, mean, sums.get(), threads);
+  return sums;
 }
 
-template <int kOthers, bool kX, typename T>
-void combine(const Images& images, const Term<T>* others, const Term<T>* given_x, const accumulator_t<T>* mean,
-             Planes<accumulator_t<T>> offset, Lines<T> out, int threads) {
-  using A = accumulator_t<T>;
-  const Tiles tiles(images);
-  // Terms that are not there stand for others that are, and are never read.
-  const Term<T> a = kOthers > 0 ? others[0] : *given_x, b = kOthers > 1 ? others[1] : a, x = kX ? *given_x : a;
-  for_each_task(tiles, threads, true, [=](const Task& task) {
-    const int64_t n = task.n, first = task.tile * tiles.pixels, size = tiles.size(task.tile);
-    const A *a_weight = a.weight.at(n), *b_weight = b.weight.at(n), *x_weight = x.weight.at(n), *plus = offset.at(n);
-    if (!images.channels_last) {
-      for (int64_t c = task.first_channel; c < task.end_channel; ++c) {
-        write(out.at(n, c) + first, size,
-              combination<kOthers, kX, T, A>(a.tensor.at(n, c) + first, b.tensor.at(n, c) + first,
-                                             x.tensor.at(n, c) + first, a_weight[c], b_weight[c], x_weight[c], mean[c],
-                                             plus[c]));
-      }
-      return;
-    }
-    for (int64_t row = first; row < first + size; ++row) {
-      write(out.at(n, row), images.channels,
-            combination<kOthers, kX, T, const A*>(a.tensor.at(n, row), b.tensor.at(n, row), x.tensor.at(n, row),
-                                                  a_weight, b_weight, x_weight, mean, plus));
-    }
-  });
+// out = the sum of weight * tensor over others, + weight * (x - mean), + offset.
+template <typename T, size_t count>
+void combine(const Images& images, const std::array<Term<T>, count>& others, const Term<T>* x,
+             const accumulator_t<T>* mean, Planes<accumulator_t<T>> offset, Lines<T> out, int threads) {
+  if (is_empty(images)) return;
+  conditional_batch_norm_combine<T>(images, others.data(), static_cast<int>(count), x, mean, offset, out, threads);
+}
+
+// The mean, 1 / sqrt(var + eps) and unbiased variance of the batch.
+template <typename T, typename A = accumulator_t<T>>
+void put_statistics(const Images& images, Lines<const T> x, double eps, A* mean, A* rstd, A* unbiased_var,
+                    const Ranks& ranks, int threads) {
+  const int64_t channels = images.channels;
+  double *means = ranks.numbers, *squares = means + channels;
+  if (is_empty(images))
+    std::fill_n(means, 2 * channels, 0.0);
+  else
+    conditional_batch_norm_moments<T>(images, x, means, squares, threads);
+  const double values = ranks.merge(values_per_channel(images));
+  for (int64_t c = 0; c < channels; ++c) {
+    mean[c] = static_cast<A>(means[c]);
+    rstd[c] = static_cast<A>(1 / std::sqrt(squares[c] / std::max(values, 1.0) + eps));
+    unbiased_var[c] = static_cast<A>(squares[c] / std::max(values - 1, 1.0));
+  }
 }
 
 }  // namespace
 
 template <typename T>
-void conditional_batch_norm_moments(Images images, Lines<const T> x, double* mean, double* squares, int threads) {
-  const Tiles tiles(images);
-  const int64_t numbers = tiles.parts() * images.channels;
-  const Buffer<double> parts = make_buffer<double>(2 * numbers);  // (2, N, tiles of an image, C)
-  double *means = parts.get(), *part_squares = means + numbers;
-  for_each_task(tiles, threads, false, [=](const Task& task) {
-    const int64_t first = task.tile * tiles.pixels, size = tiles.size(task.tile);
-    const int64_t place = (task.n * tiles.per_image + task.tile) * images.channels;
-    if (images.channels_last) {
-      row_moments(x, task.n, first, size, images.channels, means + place, part_squares + place);
-      return;
-    }
-    for (int64_t c = task.first_channel; c < task.end_channel; ++c)
-      plane_moments(x.at(task.n, c) + first, size, means + place + c, part_squares + place + c);
+void conditional_batch_norm_forward(Images images, Lines<const T> x, const accumulator_t<T>* gain,
+                                    const accumulator_t<T>* bias, const accumulator_t<T>* given_mean,
+                                    const accumulator_t<T>* given_var, double eps, Lines<T> y,
+                                    accumulator_t<T>* statistics, const Ranks& ranks, int threads) {
+  using A = accumulator_t<T>;
+  const int64_t channels = images.channels;
+  A *mean = statistics, *rstd = mean + channels, *var = rstd + channels;
+  if (given_mean == nullptr) {
+    put_statistics(images, x, eps, mean, rstd, var, ranks, threads);
+  } else {
+    std::copy_n(given_mean, channels, mean);
+    std::copy_n(given_var, channels, var);
+    for (int64_t c = 0; c < channels; ++c) rstd[c] = static_cast<A>(1 / std::sqrt(static_cast<double>(var[c]) + eps));
+  }
+  const Buffer<A> memory = make_buffer<A>(planes_of(images));
+  A* const scale = memory.get();
+  for_each_plane(images, threads, [=](int64_t c, int64_t i) { scale[i] = gain[i] * rstd[c]; });
+  const Term<T> centred{x, {scale, channels}};
+  combine<T, 0>(images, {}, &centred, mean, {bias, channels}, y, threads);
+}
+
+// grad_x = rstd (gain g - m(gain g) - xhat m(gain g xhat)); in evaluation both means are 0.
+template <typename T>
+void conditional_batch_norm_backward(Images images, Lines<const T> grad, Lines<const T> x, const accumulator_t<T>* gain,
+                                     const accumulator_t<T>* statistics, bool training, Lines<T> grad_x,
+                                     accumulator_t<T>* grad_gain, accumulator_t<T>* grad_bias, const Ranks& ranks,
+                                     int threads) {
+  using A = accumulator_t<T>;
+  const int64_t channels = images.channels, planes = planes_of(images);
+  const A *mean = statistics, *rstd = mean + channels;
+  const Buffer<A> sums = sums_of_planes<T>(images, nullptr, grad, x, mean, threads);
+  const A *g = sums.get(), *gx = g + planes;
+  const Buffer<A> memory = make_buffer<A>(planes + 2 * channels);
+  A *scale = memory.get(), *x_weight = scale + planes, *offset = x_weight + channels;
+  for_each_plane(images, threads, [=](int64_t c, int64_t i) {
+    grad_bias[i] = g[i];
+    grad_gain[i] = gx[i] * rstd[c];
+    scale[i] = gain[i] * rstd[c];
   });
-  merge(tiles, means, part_squares, mean, squares, threads);
+  const std::array<Term<T>, 1> scaled_grad{{{grad, {scale, channels}}}};
+  if (!training) {
+    std::fill_n(offset, channels, A(0));
+    combine<T>(images, scaled_grad, nullptr, mean, {offset, 0}, grad_x, threads);
+    return;
+  }
+  mean_over_ranks<2>(images, ranks, threads, [=](int64_t i) {
+    return std::array{gain[i] * grad_bias[i], gain[i] * grad_gain[i]};
+  });
+  const double *m_g = ranks.numbers, *m_gx = m_g + channels;
+  for (int64_t c = 0; c < channels; ++c) {
+    const double r = rstd[c];
+    x_weight[c] = static_cast<A>(-m_gx[c] * r * r);
+    offset[c] = static_cast<A>(-m_g[c] * r);
+  }
+  const Term<T> centred{x, {x_weight, 0}};
+  combine<T>(images, scaled_grad, &centred, mean, {offset, 0}, grad_x, threads);
 }
 
+// The gradient of <v, grad_x> + <v_gain, grad_gain> + <v_bias, grad_bias>.
 template <typename T>
-void conditional_batch_norm_sums(Images images, const Lines<const T>* v, Lines<const T> grad, Lines<const T> x,
-                                 const accumulator_t<T>* mean, accumulator_t<T>* sums, int threads) {
-  if (v == nullptr)
-    sums_of_planes<false, T>(images, x, grad, x, mean, sums, threads);
-  else
-    sums_of_planes<true, T>(images, *v, grad, x, mean, sums, threads);
+void conditional_batch_norm_double_backward(Images images, Lines<const T> v, const accumulator_t<T>* v_gain,
+                                            const accumulator_t<T>* v_bias, Lines<const T> grad, Lines<const T> x,
+                                            const accumulator_t<T>* gain, const accumulator_t<T>* statistics,
+                                            bool training, Lines<T> of_grad, Lines<T> of_x, accumulator_t<T>* of_gain,
+                                            const Ranks& ranks, int threads) {
+  using A = accumulator_t<T>;
+  const int64_t channels = images.channels, planes = planes_of(images);
+  const A *mean = statistics, *rstd = mean + channels;
+  const Buffer<A> sums = sums_of_planes<T>(images, &v, grad, x, mean, threads);
+  A *g = sums.get(), *gx = g + planes, *s_v = gx + planes, *s_vx = s_v + planes, *vg = s_vx + planes;
+  const Buffer<A> memory = make_buffer<A>(3 * planes + 2 * channels);
+  // Of v, and of x where grad gets something and of grad where x does.
+  A *scale = memory.get(), *along = scale + planes, *grad_offset = along + planes;
+  A *x_weight = grad_offset + planes, *x_offset = x_weight + channels;
+  for_each_plane(images, threads, [=](int64_t c, int64_t i) {
+    gx[i] *= rstd[c];
+    s_vx[i] *= rstd[c];
+    scale[i] = gain[i] * rstd[c];
+  });
+  const Term<T> scaled_v{v, {scale, channels}}, x_along{x, {along, channels}}, grad_along{grad, {along, channels}};
+  if (!training) {
+    for_each_plane(images, threads, [=](int64_t c, int64_t i) {
+      of_gain[i] = rstd[c] * vg[i];
+      along[i] = v_gain[i] * rstd[c];
+    });
+    std::fill_n(x_offset, channels, A(0));
+    combine<T, 1>(images, {scaled_v}, &x_along, mean, {v_bias, channels}, of_grad, threads);
+    combine<T, 1>(images, {grad_along}, nullptr, mean, {x_offset, 0}, of_x, threads);
+    return;
+  }
+  mean_over_ranks<7>(images, ranks, threads, [=](int64_t i) {
+    return std::array{s_v[i],           s_vx[i],          gain[i] * g[i], gain[i] * gx[i], gain[i] * vg[i],
+                      v_gain[i] * g[i], v_gain[i] * gx[i]};
+  });
+  const double *m_v = ranks.numbers, *m_vx = m_v + channels, *m_g = m_vx + channels, *m_gx = m_g + channels,
+               *m_vg = m_gx + channels, *m_t = m_vg + channels, *m_tx = m_t + channels;
+  // t = (v_gain - gain rstd m(v xhat)) g - rstd m(gain g xhat) v is what xhat gets, rstd gets the spread.
+  for_each_plane(images, threads, [=](int64_t c, int64_t i) {
+    const double r = rstd[c], s = scale[i];
+    of_gain[i] = static_cast<A>(r * (vg[i] - m_v[c] * g[i] - m_vx[c] * gx[i]));
+    along[i] = static_cast<A>((v_gain[i] - s * m_vx[c]) * r);
+    grad_offset[i] = static_cast<A>(v_bias[i] - s * m_v[c]);
+  });
+  const Buffer<A> v_weight = make_buffer<A>(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double r = rstd[c];
+    const double t_mean = m_t[c] - r * (m_gx[c] * m_v[c] + m_vx[c] * m_g[c]);
+    const double t_x = m_tx[c] - 2 * r * m_gx[c] * m_vx[c];
+    const double spread = m_vg[c] - m_v[c] * m_g[c] - m_vx[c] * m_gx[c];
+    v_weight[c] = static_cast<A>(-m_gx[c] * r * r);
+    x_weight[c] = static_cast<A>(-(t_x + r * spread) * r * r);
+    x_offset[c] = static_cast<A>(-t_mean * r);
+  }
+  const Term<T> weighted_v{v, {v_weight.get(), 0}}, weighted_x{x, {x_weight, 0}};
+  combine<T, 1>(images, {scaled_v}, &x_along, mean, {grad_offset, channels}, of_grad, threads);
+  combine<T, 2>(images, {weighted_v, grad_along}, &weighted_x, mean, {x_offset, 0}, of_x, threads);
 }
 
-template <typename T>
-void conditional_batch_norm_combine(Images images, const Term<T>* others, int count, const Term<T>* x,
-                                    const accumulator_t<T>* mean, Planes<accumulator_t<T>> offset, Lines<T> out,
-                                    int threads) {
-  const auto chosen = x == nullptr ? combine<1, false, T>
-                      : count == 0 ? combine<0, true, T>
-                      : count == 1 ? combine<1, true, T>
-                                   : combine<2, true, T>;
-  chosen(images, others, x, mean, offset, out, threads);
+template <typename R, typename A>
+void conditional_batch_norm_move(R* running, int64_t stride, const A* batch, int64_t channels, double momentum) {
+  for (int64_t c = 0; c < channels; ++c) {
+    R& moved = running[c * stride];
+    const double from = to_accumulator(moved), to = batch[c], way = to - from;
+    // From the nearer end, as torch's lerp: a momentum of 1 gives exactly what is moved to.
+    const double value = momentum < 0.5 ? from + momentum * way : to - (1 - momentum) * way;
+    moved = from_accumulator<R>(static_cast<accumulator_t<R>>(value));
+  }
 }
 
 #define GDL_INSTANTIATE(T)                                                                                             \
-  template void conditional_batch_norm_moments<T>(Images, Lines<const T>, double*, double*, int);                      \
-  template void conditional_batch_norm_sums<T>(Images, const Lines<const T>*, Lines<const T>, Lines<const T>,          \
-                                               const accumulator_t<T>*, accumulator_t<T>*, int);                       \
-  template void conditional_batch_norm_combine<T>(Images, const Term<T>*, int, const Term<T>*, const accumulator_t<T>*, \
-                                                  Planes<accumulator_t<T>>, Lines<T>, int);
+  template void conditional_batch_norm_forward<T>(                                                                     \
+      Images, Lines<const T>, const accumulator_t<T>*, const accumulator_t<T>*, const accumulator_t<T>*,               \
+      const accumulator_t<T>*, double, Lines<T>, accumulator_t<T>*, const Ranks&, int);                                \
+  template void conditional_batch_norm_backward<T>(Images, Lines<const T>, Lines<const T>, const accumulator_t<T>*,    \
+                                                   const accumulator_t<T>*, bool, Lines<T>, accumulator_t<T>*,         \
+                                                   accumulator_t<T>*, const Ranks&, int);                              \
+  template void conditional_batch_norm_double_backward<T>(                                                             \
+      Images, Lines<const T>, const accumulator_t<T>*, const accumulator_t<T>*, Lines<const T>, Lines<const T>,        \
+      const accumulator_t<T>*, const accumulator_t<T>*, bool, Lines<T>, Lines<T>, accumulator_t<T>*, const Ranks&,     \
+      int);                                                                                                            \
+  template void conditional_batch_norm_move<T, float>(T*, int64_t, const float*, int64_t, double);                     \
+  template void conditional_batch_norm_move<T, double>(T*, int64_t, const double*, int64_t, double);
 GDL_INSTANTIATE(float)
 GDL_INSTANTIATE(double)
 GDL_INSTANTIATE(float16)

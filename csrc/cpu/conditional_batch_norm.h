@@ -1,47 +1,52 @@
-// Conditional batch norm on the CPU: the passes over memory of which forward, backward and double backward consist.
-// What happens between them to numbers of planes and channels is in gdl_kernels/ops/conditional_batch_norm/passes.py.
+// Conditional batch norm on the CPU: forward, backward and double backward; docs/conditional_batch_norm.md has the
+// maths.
 #pragma once
+
+#include <functional>
 
 #include "../images.h"
 #include "half.h"
 
 namespace gdl {
 
-// Numbers of planes, that of channel c of image n at data[n * image + c]. Numbers of channels, which all images share,
-// have 0 for `image`.
-template <typename A>
-struct Planes {
-  const A* data;
-  std::int64_t image;
-
-  const A* at(std::int64_t n) const { return data + n * image; }
+// The ranks whose samples make one batch. Between passes a kernel puts numbers of channels into `numbers`, which has
+// room for them, and calls `merge` with how many values of a channel there are on this rank. After it they are the
+// numbers of all ranks, and it has returned how many values of a channel those have.
+struct Ranks {
+  double* numbers;
+  std::function<double(std::int64_t)> merge;
 };
 
-// A tensor in a linear combination.
-template <typename T>
-struct Term {
-  Lines<const T> tensor;
-  Planes<accumulator_t<T>> weight;
-};
+// T: float, double, float16 or bfloat16. Numbers of planes (N, C) and of channels (C) are dense and in what sums are
+// kept in: float, in double for double. The results do not depend on the number of threads. Images may be empty.
 
-// Images are not empty. T: float, double, float16 or bfloat16; sums are kept in float, in double for double. The
-// results do not depend on the number of threads.
-
-// mean[c] and squares[c], the sum of squares about it, over images and pixels.
+// y = gain * (x - mean) * rstd + bias. statistics (3, C): mean, rstd = 1 / sqrt(var + eps), unbiased variance. Without
+// a mean and a var they are those of the batch, and (2, C) numbers go over the ranks; else the last is var itself.
 template <typename T>
-void conditional_batch_norm_moments(Images images, Lines<const T> x, double* mean, double* squares, int threads);
+void conditional_batch_norm_forward(Images images, Lines<const T> x, const accumulator_t<T>* gain,
+                                    const accumulator_t<T>* bias, const accumulator_t<T>* mean,
+                                    const accumulator_t<T>* var, double eps, Lines<T> y, accumulator_t<T>* statistics,
+                                    const Ranks& ranks, int threads);
 
-// sums (2, N, C): over each plane's pixels, of grad and grad (x - mean). With a v, (5, N, C): also of v, v (x - mean)
-// and v grad.
+// The gradients of x, gain and bias. In training (2, C) numbers go over the ranks.
 template <typename T>
-void conditional_batch_norm_sums(Images images, const Lines<const T>* v, Lines<const T> grad, Lines<const T> x,
-                                 const accumulator_t<T>* mean, accumulator_t<T>* sums, int threads);
+void conditional_batch_norm_backward(Images images, Lines<const T> grad, Lines<const T> x, const accumulator_t<T>* gain,
+                                     const accumulator_t<T>* statistics, bool training, Lines<T> grad_x,
+                                     accumulator_t<T>* grad_gain, accumulator_t<T>* grad_bias, const Ranks& ranks,
+                                     int threads);
 
-// out = the sum of weight * tensor over `count` others, + weight * (x - mean), + offset. There are up to two others, and
-// an x unless there is one other.
+// The gradients of grad, x and gain, from v, v_gain and v_bias, those of what backward gives. In training (7, C)
+// numbers go over the ranks.
 template <typename T>
-void conditional_batch_norm_combine(Images images, const Term<T>* others, int count, const Term<T>* x,
-                                    const accumulator_t<T>* mean, Planes<accumulator_t<T>> offset, Lines<T> out,
-                                    int threads);
+void conditional_batch_norm_double_backward(Images images, Lines<const T> v, const accumulator_t<T>* v_gain,
+                                            const accumulator_t<T>* v_bias, Lines<const T> grad, Lines<const T> x,
+                                            const accumulator_t<T>* gain, const accumulator_t<T>* statistics,
+                                            bool training, Lines<T> of_grad, Lines<T> of_x, accumulator_t<T>* of_gain,
+                                            const Ranks& ranks, int threads);
+
+// running[c * stride] moves towards batch[c] by momentum, of the way between them. R: any T; A: float or double.
+template <typename R, typename A>
+void conditional_batch_norm_move(R* running, std::int64_t stride, const A* batch, std::int64_t channels,
+                                 double momentum);
 
 }  // namespace gdl

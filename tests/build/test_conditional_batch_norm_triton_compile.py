@@ -21,7 +21,7 @@ MAX_REGISTERS = 128
 
 @pytest.fixture
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiled]:
-    from gdl_kernels.ops.conditional_batch_norm import triton as kernels
+    from gdl_kernels.ops.conditional_batch_norm.triton import kernels
 
     monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 132)
     with compiled_for(request.param, monkeypatch) as launched:
@@ -53,16 +53,15 @@ def test_resources(
     dtype: torch.dtype,
     tmp_path: Path,
 ) -> None:
-    from gdl_kernels.ops.conditional_batch_norm import passes
-    from gdl_kernels.ops.conditional_batch_norm import triton as kernels
+    from gdl_kernels.ops.conditional_batch_norm import triton as launchers
 
     x, v, grad, out, second_out = (torch.empty(shape, dtype=dtype).to(memory_format=memory_format) for _ in range(5))
     gain = torch.empty(shape[:2])
     statistics = torch.empty(3, shape[1])
     end = True, 1e-5, "", "triton"
-    passes.forward(kernels, (out, statistics), x, gain, gain, None, None, *end[1:])
-    passes.backward(kernels, (out, gain, gain), grad, x, gain, statistics, *end)
-    passes.double_backward(kernels, (out, second_out, gain), v, gain, gain, grad, x, gain, statistics, *end)
+    launchers.forward((out, statistics), x, gain, gain, None, None, *end[1:])
+    launchers.backward((out, gain, gain), grad, x, gain, statistics, *end)
+    launchers.double_backward((out, second_out, gain), v, gain, gain, grad, x, gain, statistics, *end)
     names = ["_moments", "_merge", "_combine", "_sums", "_combine", "_sums", "_combine", "_combine"]
     assert [name for name, _ in compiled] == names
     for name, kernel in compiled:

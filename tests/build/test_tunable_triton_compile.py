@@ -63,16 +63,15 @@ def pool(dtype: torch.dtype) -> None:
 
 
 def conditional_batch_norm(dtype: torch.dtype) -> None:
-    from gdl_kernels.ops.conditional_batch_norm import passes
-    from gdl_kernels.ops.conditional_batch_norm import triton as kernels
+    from gdl_kernels.ops.conditional_batch_norm.triton import kernels, passes
 
     shape = 2, 192, 64, 64
     lying = torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format
     x, v, grad, out, second_out = (torch.empty(shape, dtype=dtype).to(memory_format=lying) for _ in range(5))
     gain, statistics = torch.empty(shape[:2]), torch.empty(3, shape[1])
-    passes.forward(kernels, (out, statistics), x, gain, gain, None, None, 1e-5, "", "triton")
+    passes.forward((out, statistics), x, gain, gain, None, None, 1e-5, "", "triton")
     end = True, 1e-5, "", "triton"
-    passes.double_backward(kernels, (out, second_out, gain), v, gain, gain, grad, x, gain, statistics, *end)
+    passes.double_backward((out, second_out, gain), v, gain, gain, grad, x, gain, statistics, *end)
     kernels.sums(None, grad, x, statistics[0], dtype == torch.bfloat16)
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gdl_kernels
 from gdl_kernels import _backends, _native, conditional_batch_norm
@@ -221,7 +222,8 @@ def test_any_shape_strides_and_dtype(data: st.DataObject, seed: int) -> None:
     dtype = data.draw(st.sampled_from(DTYPES))
     tensors = case(tuple(shape), dtype, parameters=data.draw(st.sampled_from([dtype, torch.float32])))
     tensors[0] = data.draw(images(shape, dtype))
-    tensors[1] = data.draw(images(shape[:2], tensors[1].dtype))
+    for i in (1, 2):
+        tensors[i] = data.draw(images(shape[:2], tensors[i].dtype))
     check(tensors, data.draw(images(shape, dtype)), "cpu", data.draw(st.booleans()))
 
 
@@ -367,6 +369,25 @@ def test_second_gradients_of_each_dtype(
         assert_accurate(ours[what], plain[what], exact[what], what=what, ulps=16)
 
 
+@pytest.mark.skipif(INTERPRETING, reason="the C++ kernels read numbers of planes by themselves")
+@for_each_mode
+@pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16], ids=str)
+def test_second_gradients_of_planes_with_any_strides(parameters: torch.dtype, training: bool) -> None:
+    def strided(t: Tensor) -> Tensor:
+        """In memory with NaN between its numbers, and channels before samples."""
+        apart = t.new_full((t.shape[1], 2 * t.shape[0]), torch.nan)
+        return apart[:, ::2].copy_(t.T).T
+
+    shape = (3, 5, 4, 4)
+    tensors = case(shape, torch.float32, parameters=parameters)
+    cotangents = [random(shape, torch.float32) for _ in range(2)] + [random(shape[:2], parameters) for _ in range(2)]
+    expected = second(tensors, cotangents, "cpu", training)
+    tensors[1:3] = [strided(t) for t in tensors[1:3]]
+    cotangents[2:] = [strided(t) for t in cotangents[2:]]
+    found = second(tensors, cotangents, "cpu", training)
+    assert all(torch.equal(found[what], expected[what]) for what in expected)
+
+
 @pytest.mark.skipif(INTERPRETING, reason="the Triton kernels have no float64")
 @for_each_mode
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -423,6 +444,62 @@ def test_momentum_as_a_tensor() -> None:
     conditional_batch_norm(x, gain, bias, *expected, training=True, momentum=0.25)
     conditional_batch_norm(x, gain, bias, mean, var, training=True, momentum=torch.tensor(0.25, dtype=torch.float64))
     torch.testing.assert_close((mean, var), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+@pytest.mark.parametrize("momentum", [0, 0.1, 0.7, 1.0])
+def test_running_statistics_of_any_dtype_and_strides(momentum: float, dtype: torch.dtype) -> None:
+    x, gain, bias, *running = case((3, 5, 4, 4), torch.float64 if dtype == torch.float64 else torch.float32)
+    memory = torch.full((2, 15), torch.nan, dtype=dtype)
+    mean, var = memory[:, ::3].copy_(torch.stack(running))
+    exact = [t.double() for t in (mean, var)]
+    conditional_batch_norm(x.double(), gain.double(), bias.double(), *exact, training=True, momentum=momentum)
+    plain = [t.clone() for t in (mean, var)]
+    conditional_batch_norm(x, gain, bias, *plain, training=True, momentum=momentum, backend="reference")
+    conditional_batch_norm(x, gain, bias, mean, var, training=True, momentum=momentum, backend="cpu")
+    for ours, *others in zip((mean, var), plain, exact):
+        assert_accurate(ours, *others)
+    between = memory.unflatten(1, (5, 3))[..., 1:]
+    assert between.isnan().all()  # nothing was written there
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_autograd_sees_that_running_statistics_have_moved(backend: str) -> None:
+    x, gain, bias, mean, var = case((3, 4, 5, 5), torch.float32)
+    for running in (mean, var):
+        factor = torch.ones(4, requires_grad=True)
+        product = factor * running  # whose gradient needs it as it was
+        conditional_batch_norm(x, gain, bias, mean, var, training=True, backend=backend)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_running_statistics_of_inference_mode_move_in_it_alone(backend: str) -> None:
+    x, gain, bias, *expected = case((3, 4, 5, 5), torch.float32)
+    with torch.inference_mode():
+        mean, var = (t.clone() for t in expected)
+        conditional_batch_norm(x, gain, bias, mean, var, training=True, backend=backend)
+    conditional_batch_norm(x, gain, bias, *expected, training=True, backend=backend)
+    torch.testing.assert_close([mean, var], expected)
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside InferenceMode"):
+        conditional_batch_norm(x, gain, bias, mean, var, training=True, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_mode_sees_that_running_statistics_move(backend: str) -> None:
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            changed.update(id(args[0]) for argument in func._schema.arguments[:1] if argument.is_write)
+            return func(*args, **(kwargs or {}))
+
+    x, gain, bias, mean, var = case((3, 4, 5, 5), torch.float32)
+    expected, changed = [mean.clone(), var.clone()], set[int]()
+    conditional_batch_norm(x, gain, bias, *expected, training=True, backend=backend)
+    with Seen():
+        conditional_batch_norm(x, gain, bias, mean, var, training=True, backend=backend)
+    assert {id(mean), id(var)} <= changed
+    torch.testing.assert_close([mean, var], expected)
 
 
 @for_each_mode
@@ -571,6 +648,11 @@ def given_arguments(**changes: Any) -> dict[str, Any]:
         ({"running_var": torch.ones(4)}, ValueError, r"running_var must be \(3,\), got shape \(4,\)"),
         ({"running_mean": torch.ones(3).double()}, TypeError, "running_mean must be float32.*got torch.float64"),
         ({"running_mean": torch.ones(3).requires_grad_()}, ValueError, "running_mean must not require a gradient"),
+        (
+            {"running_var": torch.ones(1).expand(3)},
+            ValueError,
+            r"running_var must have memory for each .*strides \(0,\)",
+        ),
         ({"momentum": "0.1"}, TypeError, "momentum must be a number, got str"),
         ({"momentum": None}, TypeError, "momentum must be a number, got NoneType"),
         ({"momentum": 1.5}, ValueError, "momentum must be from 0 to 1, got 1.5"),
@@ -588,5 +670,17 @@ def given_arguments(**changes: Any) -> dict[str, Any]:
 )
 @pytest.mark.parametrize("backend", ["reference", "cpu", None])
 def test_bad_input(backend: str | None, changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        conditional_batch_norm(**given_arguments(**changes), backend=backend)
+    # A good call before it, and the same again: what is remembered of calls must not let it pass.
+    conditional_batch_norm(**given_arguments(), backend=backend)
+    for _ in range(2):
+        with pytest.raises(error, match=message):
+            conditional_batch_norm(**given_arguments(**changes), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_evaluation_takes_expanded_running_statistics(backend: str) -> None:
+    x, gain, bias, *_ = case((2, 3, 4, 4), torch.float32)
+    one = torch.ones(1)
+    y = conditional_batch_norm(x, gain, bias, one.expand(3), one.expand(3), training=False, backend=backend)
+    dense = conditional_batch_norm(x, gain, bias, torch.ones(3), torch.ones(3), training=False, backend=backend)
+    assert torch.equal(y, dense)

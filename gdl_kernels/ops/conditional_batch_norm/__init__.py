@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..._arguments import check_finite, check_floating, check_parameter, check_positive, to_dtype
-from . import op, ranks, reference
+from ..._direct import DISPATCHED, way_of
+from . import cpu, op, ranks, reference
 
 
 def conditional_batch_norm(
@@ -59,8 +60,10 @@ def conditional_batch_norm(
         TypeError: if an argument is of another type or dtype.
         RuntimeError: if ``backend`` was given and can't serve the call.
     """
-    _check(x, gain, bias, running_mean, running_var, training, momentum, eps, process_group)
-    chosen = op.choices.pick(x.device, backend, x, gain, bias, running_mean, running_var, training=training)
+    ranks.check(process_group)
+    chosen = _serving(
+        backend, x, gain, bias, running_mean, running_var, training, momentum, eps, ranks.size(process_group)
+    )
     group = ranks.name(process_group) if training else ""
     given = (None, None) if training else (running_mean, running_var)
     if chosen == "reference":
@@ -68,23 +71,34 @@ def conditional_batch_norm(
     else:
         y, statistics = op.forward(x, gain, bias, *given, eps, group, chosen)
     if training and running_mean is not None and running_var is not None and (group or x.numel()):
-        with torch.no_grad():
-            mean, _, unbiased_var = statistics.unbind()
-            _move(running_mean, mean, momentum)
-            _move(running_var, unbiased_var, momentum)
+        _move(running_mean, running_var, statistics, momentum, chosen)
     return y
 
 
-def _move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
-    if isinstance(momentum, Tensor):
-        momentum = momentum.to(running.dtype)
-    running.lerp_(to_dtype(batch, running.dtype), momentum)
+def _move(
+    running_mean: Tensor, running_var: Tensor, statistics: Tensor, momentum: float | Tensor, backend: str
+) -> None:
+    if (
+        backend == "cpu"
+        and not isinstance(momentum, Tensor)
+        and way_of("gdl_kernels::conditional_batch_norm", (running_mean, running_var, statistics, backend))
+        != DISPATCHED
+        and not (running_mean.is_inference() or running_var.is_inference())  # torch knows when these may change
+    ):
+        cpu.move(running_mean, running_var, statistics, momentum)
+        return
+    with torch.no_grad():
+        mean, _, unbiased_var = statistics.unbind()
+        for running, batch in ((running_mean, mean), (running_var, unbiased_var)):
+            weight = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
+            running.lerp_(to_dtype(batch, running.dtype), weight)
 
 
-def _check(
-    x: Tensor, gain: Tensor, bias: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool,
-    momentum: float | Tensor, eps: float, process_group: Any,
-) -> None:  # fmt: skip
+@op.choices.serving
+def _serving(
+    backend: str | None, x: Tensor, gain: Tensor, bias: Tensor, running_mean: Tensor | None,
+    running_var: Tensor | None, training: bool, momentum: float | Tensor, eps: float, group_size: int,
+) -> str:  # fmt: skip
     check_floating("x", x)
     if x.dim() < 2:
         raise ValueError(f"x must be (N, C, *spatial), got shape {tuple(x.shape)}")
@@ -103,6 +117,8 @@ def _check(
             check_parameter(name, running, per_channel, x)
             if running.requires_grad:
                 raise ValueError(f"{name} must not require a gradient: it is a constant to the gradient")
+            if training and running.shape[0] > 1 and running.stride(0) == 0:
+                raise ValueError(f"{name} must have memory for each channel, to be updated in place, got strides (0,)")
     if isinstance(momentum, Tensor):
         if momentum.dim() or not momentum.is_floating_point():
             got = f"{momentum.dtype} {tuple(momentum.shape)}"
@@ -112,6 +128,6 @@ def _check(
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum must be from 0 to 1, got {momentum}")
     check_positive("eps", eps)
-    ranks.check(process_group)
-    if training and x.shape[0] * math.prod(x.shape[2:]) == 1 and ranks.size(process_group) == 1:
+    if training and x.shape[0] * math.prod(x.shape[2:]) == 1 and group_size == 1:
         raise ValueError(f"x must have more than one value per channel in training, got shape {tuple(x.shape)}")
+    return op.choices.pick(x.device, backend, x, gain, bias, running_mean, running_var, training=training)

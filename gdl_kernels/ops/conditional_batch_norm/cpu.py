@@ -1,50 +1,60 @@
-"""Launches the C++ kernels."""
+"""Launches the C++ kernels, which merge numbers of channels over the ranks of a process group between their passes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ... import _images, _native
-from .passes import Term
+from ... import _native
+from . import ranks
+
+Group = tuple[Tensor, Callable[[int], float]]
 
 
-def moments(x: Tensor, last: bool) -> Tensor:
-    out = x.new_empty(2, x.shape[1], dtype=torch.float64)
-    mean = out.data_ptr()
-    kernel = _native.cpu_module().conditional_batch_norm_moments
-    kernel(
-        *_images_of(x, last), _images.lines(x, last).array(), mean, mean + out.nbytes // 2, _native.threads(x.numel())
-    )
-    return out
+def forward(
+    out: tuple[Tensor, Tensor], x: Tensor, gain: Tensor, bias: Tensor, mean: Tensor | None, var: Tensor | None,
+    eps: float, group: str, _backend: str,
+) -> None:  # fmt: skip
+    merging = _merging(ranks.merge_moments, 2, x, group) if group else None
+    kernel = _native.cpu_module().conditional_batch_norm_forward
+    kernel(*out, x, gain, bias, mean, var, eps, merging, torch.get_num_threads())
 
 
-def sums(v: Tensor | None, grad: Tensor, x: Tensor, mean: Tensor, last: bool) -> Tensor:
-    out = mean.new_empty(2 if v is None else 5, *x.shape[:2])
-    tensors = [None if t is None else _images.lines(t, last).array() for t in (v, grad, x)]
-    kernel = _native.cpu_module().conditional_batch_norm_sums
-    kernel(*_images_of(x, last), *tensors, mean.data_ptr(), out.data_ptr(), _native.threads(x.numel()))
-    return out
+def backward(
+    out: tuple[Tensor, Tensor, Tensor], grad: Tensor, x: Tensor, gain: Tensor, statistics: Tensor, training: bool,
+    _eps: float, group: str, _backend: str,
+) -> None:  # fmt: skip
+    merging = _merging(ranks.sum_up, 2, x, group) if group else None
+    kernel = _native.cpu_module().conditional_batch_norm_backward
+    kernel(*out, grad, x, gain, statistics, training, merging, torch.get_num_threads())
 
 
-def combine(out: Tensor, others: Sequence[Term], x: Term | None, mean: Tensor, offset: Tensor, last: bool) -> None:
-    # Named, so that the contiguous ones live as long as the call.
-    terms = [(_images.lines(t, last), weight.contiguous()) for t, weight in (*others, *([x] if x else []))]
-    offset = offset.contiguous()
-    arrays = [(lines.array(), _planes(weight)) for lines, weight in terms]
-    kernel = _native.cpu_module().conditional_batch_norm_combine
-    kernel(
-        *_images_of(out, last), arrays[: len(others)], arrays[-1] if x else None, mean.data_ptr(), _planes(offset),
-        _images.lines(out, last).array(), _native.threads(out.numel()),
-    )  # fmt: skip
+def double_backward(
+    out: tuple[Tensor, Tensor, Tensor], v: Tensor, v_gain: Tensor, v_bias: Tensor, grad: Tensor, x: Tensor,
+    gain: Tensor, statistics: Tensor, training: bool, _eps: float, group: str, _backend: str,
+) -> None:  # fmt: skip
+    merging = _merging(ranks.sum_up, 7, x, group) if group else None
+    kernel = _native.cpu_module().conditional_batch_norm_double_backward
+    kernel(*out, v, v_gain, v_bias, grad, x, gain, statistics, training, merging, torch.get_num_threads())
 
 
-def _images_of(x: Tensor, last: bool) -> tuple[str, tuple[int, int, int], bool]:
-    return str(x.dtype).removeprefix("torch."), _images.shape(x), last
+def move(running_mean: Tensor, running_var: Tensor, statistics: Tensor, momentum: float) -> None:
+    """Both running statistics towards those of the batch."""
+    # Autograd, which may have saved them, does not see what the kernel writes.
+    torch.autograd.graph.increment_version((running_mean, running_var))
+    _native.cpu_module().conditional_batch_norm_move(running_mean, running_var, statistics, momentum)
 
 
-def _planes(numbers: Tensor) -> tuple[int, int]:
-    """Address, and stride from image to image: 0 for numbers of channels, which all images share."""
-    return numbers.data_ptr(), numbers.shape[1] if numbers.dim() == 2 else 0
+def _merging(over_ranks: Callable[..., Any], count: int, x: Tensor, group: str) -> Group:
+    """Memory for ``(count, C)`` numbers of this rank's values, and what makes of them those of all ranks' values."""
+    numbers = x.new_empty(count, x.shape[1], dtype=torch.float64)
+
+    def merge(values: int) -> float:
+        total, merged = over_ranks(values, numbers, group)
+        numbers.copy_(merged)
+        return float(total)
+
+    return numbers, merge

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,8 +10,8 @@ from torch import Tensor
 
 from ... import _backends, _images
 from ..._arguments import sum_dtype
-from ..._registration import register
-from . import passes, reference
+from ..._registration import launchers, register
+from . import reference
 
 
 def _examples() -> Iterator[_backends.Example]:
@@ -50,17 +48,6 @@ def _second_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of ``grad``, ``x`` and ``gain``. The bias is in no gradient."""
     return _images.empty_like(x), _images.empty_like(x), gain.new_empty(gain.shape)
-
-
-def _launcher(backend: str, passes_of: Callable[..., None]) -> Callable[..., None]:
-    """The passes, by the kernels of ``<backend>.py`` beside this file, which is imported at the first call."""
-
-    module = functools.cache(lambda: importlib.import_module(f".{backend}", __package__))
-
-    def launch(*args: Any) -> None:
-        passes_of(module(), *args)
-
-    return launch
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -119,7 +106,7 @@ double_backward = register(
     f"(Tensor v, Tensor v_gain, Tensor v_bias, Tensor grad, Tensor x, Tensor gain, {_STATISTICS}) "
     "-> (Tensor, Tensor, Tensor)",
     outputs=_second_gradients,
-    kernels={name: _launcher(name, passes.double_backward) for name in _KERNELS},
+    kernels=launchers(__package__, "double_backward", _KERNELS),
     save=_save_backward,
     gradient=_gradient_of_double_backward,
 )
@@ -128,7 +115,7 @@ backward = register(
     "conditional_batch_norm_backward",
     f"(Tensor grad, Tensor x, Tensor gain, {_STATISTICS}) -> (Tensor, Tensor, Tensor)",
     outputs=_gradients,
-    kernels={name: _launcher(name, passes.backward) for name in _KERNELS},
+    kernels=launchers(__package__, "backward", _KERNELS),
     save=_save_backward,
     gradient=_gradient_of_backward,
 )
@@ -139,7 +126,7 @@ forward = register(
     "(Tensor x, Tensor gain, Tensor bias, Tensor? mean, Tensor? var, float eps, str group, str backend) "
     "-> (Tensor, Tensor)",
     outputs=_outputs,
-    kernels={name: _launcher(name, passes.forward) for name in _KERNELS},
+    kernels=launchers(__package__, "forward", _KERNELS),
     save=_save,
     gradient=_gradient,
 )

@@ -30,17 +30,16 @@ def _resolve(group: str) -> Any:
     return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]  # a str to everyone
 
 
-def merge_moments(count: int, moments: Tensor, group: str) -> tuple[int | Tensor, Tensor, Tensor]:
-    """Values a channel, their mean and their sum of squares about it, over all ranks.
+def merge_moments(count: int, moments: Tensor, group: str) -> tuple[int | Tensor, Tensor]:
+    """Values a channel, and ``(2, C)``: their mean and their sum of squares about it, over all ranks, in float64.
 
     Args:
         count: this rank's values a channel.
-        moments: ``(2, C)``: this rank's mean and sum of squares, 0 where there are no values.
+        moments: the same of this rank, 0 where there are no values.
     """
     moments = to_dtype(moments, torch.float64)
     if not group:
-        mean, squares = moments.unbind()
-        return count, mean, squares
+        return count, moments
     process_group = _resolve(group)
     mine = torch.cat([moments.flatten(), moments.new_full((1,), count)])
     parts = [torch.empty_like(mine) for _ in range(process_group.size())]
@@ -49,16 +48,22 @@ def merge_moments(count: int, moments: Tensor, group: str) -> tuple[int | Tensor
     counts, (means, squares) = gathered[:, -1:], gathered[:, :-1].unflatten(1, (2, -1)).unbind(1)
     total = counts.sum()
     mean = (counts * means).sum(0) / total.clamp(min=1)
-    return total, mean, (squares + counts * (means - mean).square()).sum(0)
+    return total, torch.stack([mean, (squares + counts * (means - mean).square()).sum(0)])
+
+
+def sum_up(count: int, sums: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """Values a channel, of which this rank has ``count``, and the sums over them, over all ranks, in float64."""
+    packed = torch.cat([sums.flatten().double(), sums.new_full((1,), count, dtype=torch.float64)])
+    dist.all_reduce(packed, group=_resolve(group))
+    return packed[-1], packed[:-1].view_as(sums)
 
 
 def mean(sums: Tensor, count: int, group: str) -> Tensor:
     """The sums of all ranks over the number of their values a channel, of which this rank has ``count``."""
     if not group:
         return sums / max(count, 1)
-    packed = torch.cat([sums.flatten().double(), sums.new_full((1,), count, dtype=torch.float64)])
-    dist.all_reduce(packed, group=_resolve(group))
-    return (packed[:-1] / packed[-1].clamp(min=1)).to(sums.dtype).view_as(sums)
+    total, of_all = sum_up(count, sums, group)
+    return (of_all / total.clamp(min=1)).to(sums.dtype)
 
 
 class _SumOverRanks(torch.autograd.Function):

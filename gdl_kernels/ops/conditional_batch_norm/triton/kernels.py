@@ -1,4 +1,4 @@
-"""Conditional batch norm on the GPU, in Triton.
+"""The kernels of conditional batch norm on the GPU, in Triton: three, of which all its derivatives are made.
 
 A tile is channels by pixels. Images lie planar or channels last by their strides alone: one of them is 1, for which
 Triton compiles a variant, and along that dimension threads load neighbouring numbers. Sums run over a tile's pixels. A
@@ -17,10 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import _images, _tuned
-from ..._triton import capability, launch
-from ..._tuned import Config
-from .passes import Term
+from .... import _images, _tuned
+from ...._triton import capability, launch
+from ...._tuned import Config
+
+#: A tensor and its weights, ``(N, C)`` or ``(C,)``.
+Term = tuple[Tensor, Tensor]
 
 #: How each kernel is launched where no table says otherwise; see ``tunable.py``. A thread loads 16 values of each
 #: tensor, in four instructions of 16 bytes for float32; of three tensors 8, for on sm_80 so many would spill. Where
@@ -194,7 +196,11 @@ class _Grid(NamedTuple):
     constants: dict[str, int]
 
 
+# The launchers: images are in lines for ``last`` (see gdl_kernels/_images.py), and not empty.
+
+
 def moments(x: Tensor, last: bool) -> Tensor:
+    """``(2, C)``: each channel's mean over samples and pixels, sum of squares about it."""
     n, channels, pixels = _images.shape(x)
     grid = _grid("moments", x, last)
     n_parts, step = n * grid.splits, n * grid.splits * channels
@@ -213,6 +219,7 @@ def moments(x: Tensor, last: bool) -> Tensor:
 
 
 def sums(v: Tensor | None, grad: Tensor, x: Tensor, mean: Tensor, last: bool) -> Tensor:
+    """``(2, N, C)``: sums of grad, grad (x - mean). With ``v`` ``(5, N, C)``: also of v, v (x - mean), v grad."""
     n, channels, pixels = _images.shape(x)
     grid = _grid("sums" if v is None else "double_sums", x, last)
     n_parts, count = n * grid.splits, 2 if v is None else 5
@@ -226,6 +233,7 @@ def sums(v: Tensor | None, grad: Tensor, x: Tensor, mean: Tensor, last: bool) ->
 
 
 def combine(out: Tensor, others: Sequence[Term], x: Term | None, mean: Tensor, offset: Tensor, last: bool) -> None:
+    """The sum of weight * tensor over ``others``, of weight * (x - mean), and of ``offset``."""
     _, channels, pixels = _images.shape(out)
     grid = _grid("combine", out, last, len(others) + (x is not None))
     unused = out, mean

@@ -1,49 +1,25 @@
-"""The passes over memory that each op makes, and the small sums between them: the same for every backend.
+"""The passes over memory that each op makes, and the small sums between them.
 
-A pass is a kernel of one of three kinds, so that a backend has three kernels for all derivatives:
-
-``moments``: each channel's mean and sum of squares about it, over samples and pixels.
-``sums``: over the pixels of each plane, of the products of up to three tensors.
-``combine``: a linear combination of up to three tensors, with weights for each plane or channel.
-
-Between them there are numbers for each plane ``(N, C)`` and for each channel ``(C,)``, in plain PyTorch, and with a
-process group one collective. ``xhat = (x - mean) * rstd``; ``m(t)`` is a channel's mean, over all ranks.
+A pass is one of the three kernels. Between them there are numbers for each plane ``(N, C)`` and for each channel
+``(C,)``, in plain PyTorch, and with a process group one collective. ``xhat = (x - mean) * rstd``; ``m(t)`` is a
+channel's mean, over all ranks. On the CPU csrc/cpu/conditional_batch_norm.cpp does the same.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ... import _images
-from ..._arguments import to_dtype
-from . import ranks
-
-#: A tensor and its weights, ``(N, C)`` or ``(C,)``.
-Term = tuple[Tensor, Tensor]
-
-
-class Kernels(Protocol):
-    """What a backend has. Images are in lines for ``last`` (see :mod:`gdl_kernels._images`) and not empty."""
-
-    def moments(self, x: Tensor, last: bool) -> Tensor:
-        """``(2, C)``: mean, sum of squares about it."""
-
-    def sums(self, v: Tensor | None, grad: Tensor, x: Tensor, mean: Tensor, last: bool) -> Tensor:
-        """``(2, N, C)``: of grad, grad (x - mean); with ``v`` ``(5, N, C)``: also of v, v (x - mean), v grad."""
-
-    def combine(
-        self, out: Tensor, others: Sequence[Term], x: Term | None, mean: Tensor, offset: Tensor, last: bool
-    ) -> None:
-        """The sum of weight * tensor over ``others``, of weight * (x - mean), and of ``offset``."""
+from .... import _images
+from ...._arguments import to_dtype
+from .. import ranks
+from . import kernels
 
 
 def forward(
-    kernels: Kernels, out: tuple[Tensor, Tensor], x: Tensor, gain: Tensor, bias: Tensor, mean: Tensor | None,
+    out: tuple[Tensor, Tensor], x: Tensor, gain: Tensor, bias: Tensor, mean: Tensor | None,
     var: Tensor | None, eps: float, group: str, backend: str,
 ) -> None:  # fmt: skip
     y, statistics = out
@@ -51,7 +27,7 @@ def forward(
     x = _images.lines(x, last).tensor
     if mean is None or var is None:
         moments = kernels.moments(x, last) if x.numel() else statistics.new_zeros(2, x.shape[1])
-        count, mean, squares = ranks.merge_moments(values_per_channel(x), moments, group)
+        count, (mean, squares) = ranks.merge_moments(values_per_channel(x), moments, group)
         if isinstance(count, Tensor):
             var, unbiased_var = squares / count.clamp(min=1), squares / (count - 1).clamp(min=1)
         else:
@@ -68,7 +44,7 @@ def forward(
 
 
 def backward(
-    kernels: Kernels, out: tuple[Tensor, Tensor, Tensor], grad: Tensor, x: Tensor, gain: Tensor, statistics: Tensor,
+    out: tuple[Tensor, Tensor, Tensor], grad: Tensor, x: Tensor, gain: Tensor, statistics: Tensor,
     training: bool, eps: float, group: str, backend: str,
 ) -> None:  # fmt: skip
     """``grad_x = rstd (gain g - m(gain g) - xhat m(gain g xhat))``; in evaluation both means are 0."""
@@ -91,7 +67,7 @@ def backward(
 
 
 def double_backward(
-    kernels: Kernels, out: tuple[Tensor, Tensor, Tensor], v: Tensor, v_gain: Tensor, v_bias: Tensor, grad: Tensor,
+    out: tuple[Tensor, Tensor, Tensor], v: Tensor, v_gain: Tensor, v_bias: Tensor, grad: Tensor,
     x: Tensor, gain: Tensor, statistics: Tensor, training: bool, eps: float, group: str, backend: str,
 ) -> None:  # fmt: skip
     """The gradient of ``<v, grad_x> + <v_gain, grad_gain> + <v_bias, grad_bias>``; docs/conditional_batch_norm.md."""
