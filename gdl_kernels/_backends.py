@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -91,21 +92,25 @@ class Choices:
     reasons: Mapping[str, Reasons]
     examples: Examples
 
-    def serving(self, check: Callable[..., str]) -> Callable[..., str]:
+    def serving(self, check: Callable[..., str], growing: Mapping[str, int] | None = None) -> Callable[..., str]:
         """``check(backend, *args)``, which checks a call and picks its backend, made once for each kind of call.
 
         It may look at all that a call's arguments are but for the numbers in tensors: two calls are of a kind when
         their tensors agree in type, dtype, device, sizes, strides and in whether they want a gradient, and the rest of
         their arguments is the same. With others than plain tensors, numbers, strings and dtypes it is made every time.
+
+        ``growing``: by the name of a tensor, a dimension along which it may be longer at every call, as a cache is.
+        Calls that differ in its size there, and in its strides, are of a kind: the check may look at neither.
         """
         native, _ = _native.cpu()
-        signature = native.signature if native is not None else None
+        names = list(inspect.signature(check).parameters)[1:]
+        signature = native.signature([(growing or {}).get(name, -1) for name in names]) if native is not None else None
 
         def serving(backend: str | None, *args: Any) -> str:
             name = backend if backend is not None else _regions[-1][0] if _regions else _environment
             if signature is None or torch.compiler.is_compiling():
                 return check(name, *args)
-            key = signature((self.op, name, args))
+            key = signature(self.op, name, args)
             chosen = _served.get(key)
             if chosen is None:
                 chosen = check(name, *args)

@@ -39,7 +39,7 @@ _AUTOGRAD = DispatchKey.AutogradFunctionality
 _TENSOR_LIST = "List[Tensor]"
 
 #: Verdicts of ``look``, in csrc/bindings_cpu_calls.cpp, on a call's arguments.
-_DISPATCH, _WITH_GRADIENT = 0, 2
+_DISPATCH, _DIRECT, _WITH_GRADIENT = 0, 1, 2
 
 
 def direct(
@@ -62,9 +62,11 @@ def direct(
     types, outputs = ([str(t.type) for t in side] for side in (schema.arguments, schema.returns))
     floats = [place for place, kind in enumerate(types) if kind == "float"]
     with_gradient: Callable[..., Any] = dispatched
+    with_gradient_in_lists: Callable[..., Any] = dispatched
     if save is not None and gradient is not None:
-        differentiable = _differentiable_with_lists if _TENSOR_LIST in types + outputs else _differentiable
-        with_gradient = differentiable(dispatched, implementation, save, gradient)
+        given = dispatched, implementation, save, gradient
+        with_gradient_in_lists = _differentiable_with_lists(*given)
+        with_gradient = with_gradient_in_lists if _TENSOR_LIST in outputs else _differentiable(*given)
     native, _ = _native.cpu()
     look = native.look if native is not None else None
 
@@ -86,9 +88,9 @@ def direct(
         for place in floats:
             if type(args[place]) is not float:  # the dispatcher too makes it one
                 args = (*args[:place], float(args[place]), *args[place + 1 :])
-        if verdict == _WITH_GRADIENT and not _excluded(_AUTOGRAD):
-            return with_gradient(*args)
-        return implementation(*args)
+        if verdict == _DIRECT or _excluded(_AUTOGRAD):
+            return implementation(*args)
+        return with_gradient(*args) if verdict == _WITH_GRADIENT else with_gradient_in_lists(*args)
 
     call.dispatched = dispatched  # type: ignore[attr-defined]
     return call
@@ -110,12 +112,21 @@ def _differentiable(
     save: Callable[..., None],
     gradient: Callable[..., Any],
 ) -> Callable[..., Any]:
+    """An op to autograd. Lists it takes for constants, which ``ctx.needs_input_grad`` has one False for each."""
+    lists = [place for place, argument in enumerate(dispatched._schema.arguments) if str(argument.type) == _TENSOR_LIST]
+
     def forward(ctx: Any, *args: Any) -> Any:
         out = implementation(*args)
         save(ctx, args, out)
         return out
 
-    return _apply(dispatched, forward, gradient)
+    def backward(ctx: Any, *grads: Any) -> Any:
+        found = list(gradient(ctx, *grads))
+        for place in lists:
+            found[place] = None  # and not one for each of its tensors
+        return tuple(found)
+
+    return _apply(dispatched, forward, backward if lists else gradient)
 
 
 def _differentiable_with_lists(

@@ -14,8 +14,6 @@ from ..._registration import launchers, register
 from ...layouts import BlockLists, Layout, causal, from_mask, strided
 from . import reference
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
 
 def check_start(start: int, n_q: int, n_k: int, sizes: list[int]) -> None:
     """Refuse queries that a layout doesn't have, or that look at keys which are not there yet."""
@@ -37,14 +35,14 @@ def check_start(start: int, n_q: int, n_k: int, sizes: list[int]) -> None:
 MAX_HEAD_DIM = 256
 
 
-def _cpu_reasons(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **_: Any) -> list[str]:
+def _cpu_reasons(query: Tensor, *_: Any, **__: Any) -> list[str]:
     reasons = _native.missing("cpu")
     if not query.is_cpu:
         reasons.append(f"query is on {query.device}")
     return reasons
 
 
-def _triton_reasons(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **_: Any) -> list[str]:
+def _triton_reasons(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> list[str]:
     reasons = _native.missing("triton")
     if query.device.type != "cuda" and not (_native.interpreting() and query.device.type == "cpu"):
         reasons.append(f"query is on {query.device}")
@@ -173,15 +171,15 @@ def _gradient_of_double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
 
 def _keep(ctx: Any, tensors: Sequence[Tensor | None], call: Sequence[Any]) -> None:
     padding, layout, sizes, scale, query_start, start_tensor, dropout_p, seed, backend = call
-    ctx.save_for_backward(*tensors, padding, start_tensor, seed, *layout)
-    ctx.call = sizes, scale, query_start, dropout_p, backend
+    ctx.save_for_backward(*tensors, padding, start_tensor, seed)
+    ctx.call = layout, sizes, scale, query_start, dropout_p, backend  # a layout's tensors never change
 
 
 def _kept(ctx: Any, count: int) -> tuple[list[Tensor], list[Any]]:
     """The tensors of a call, and what an op takes after them."""
     saved = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
-    tensors, (padding, start_tensor, seed, *layout) = saved[:count], saved[count:]
-    sizes, scale, query_start, dropout_p, backend = ctx.call
+    tensors, (padding, start_tensor, seed) = saved[:count], saved[count:]
+    layout, sizes, scale, query_start, dropout_p, backend = ctx.call
     return list(tensors), [padding, layout, sizes, scale, query_start, start_tensor, dropout_p, seed, backend]
 
 
