@@ -21,19 +21,20 @@ def to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+#: Whether autocast is on for any device: to ask that of one takes longer, and most often it is on for none.
+autocast_is_on = torch._C._is_any_autocast_enabled
+
+
 def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As autocast has the arguments of PyTorch's own attention: what is floating, and not double, in its dtype."""
-    # That it is on for a device takes longer to ask, and most often it is on for none.
-    if not torch._C._is_any_autocast_enabled() or not isinstance(tensors[0], Tensor):
-        return tensors
-    device = tensors[0].device.type
-    return tuple(map(_autocast, tensors)) if torch.is_autocast_enabled(device) else tensors
+    """Tensors of a call as autocast has those of PyTorch's own attention: what is floating, and not double."""
+    return tuple(map(_in_autocast, tensors))
 
 
-def _autocast(x: Tensor) -> Tensor:
+def _in_autocast(x: Tensor) -> Tensor:
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
         return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def check_floating(name: str, x: Tensor) -> None:

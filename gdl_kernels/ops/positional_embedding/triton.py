@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .phases import phase_steps
-from .rows import contiguous_rows
 
 #: Values of a tile, 16 for each thread of four warps, and the columns of one, at most. Not yet timed on any GPU.
 TILE = 2048
@@ -128,6 +127,11 @@ def _launch(kernel: Any, programs: int, device: torch.device, *args: Any, **cons
             kernel[(programs,)](*args, **constants, num_warps=NUM_WARPS)
 
 
+def _contiguous_rows(matrix: Tensor) -> Tensor:
+    """The matrix itself where its rows are contiguous, whatever lies between them; else a copy."""
+    return matrix if matrix.stride()[1] == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
 def _columns(width: int) -> tuple[int, int]:
     """Columns of a tile, and tiles of a row."""
     columns = min(COLUMNS, triton.next_power_of_2(width))
@@ -137,7 +141,7 @@ def _columns(width: int) -> tuple[int, int]:
 def forward(out: Tensor, tokens: Tensor, weight: Tensor, scale: float, start: int, backend: str) -> None:
     if tokens.numel() == 0:
         return
-    ids, table, length = tokens.contiguous(), contiguous_rows(weight), tokens.shape[-1]
+    ids, table, length = tokens.contiguous(), _contiguous_rows(weight), tokens.shape[-1]
     rows, width = weight.shape
     columns, tiles = _columns(width)
     positions = min(TILE // columns, triton.next_power_of_2(length))
@@ -155,7 +159,7 @@ def backward(
     grad_weight: Tensor, grad: Tensor, tokens: Tensor, num_embeddings: int, scale: float, backend: str
 ) -> None:
     width = grad.shape[-1]
-    grads = contiguous_rows(grad.reshape(-1, width))
+    grads = _contiguous_rows(grad.reshape(-1, width))
     columns, tiles = _columns(width)
     # Tokens out of range come before the first row's or after the last's.
     ids, places = torch.sort(tokens.flatten().to(torch.int64), stable=True)

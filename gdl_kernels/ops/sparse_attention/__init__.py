@@ -8,7 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ..._arguments import check_finite, check_floating, in_autocast
+from ..._arguments import autocast_is_on, check_finite, check_floating, in_autocast
 from ..._philox import draw_seed
 from ...layouts import Layout
 from . import op
@@ -77,14 +77,16 @@ def sparse_attention(
         TypeError: if dtypes differ or are not floating point.
         RuntimeError: if ``backend`` was given and can't serve the call.
     """
-    query, key, value = in_autocast(query, key, value)
+    if autocast_is_on():
+        query, key, value = in_autocast(query, key, value)
     if not isinstance(layout, Layout):
         raise TypeError(f"layout must be a gdl_kernels.layouts.Layout, got {type(layout).__name__}")
     start, start_tensor = (0, query_start) if isinstance(query_start, Tensor) else (query_start, None)
     chosen = _serving(
         backend, query, key, value, layout.mask_table, layout.heads, scale, dropout_p, key_padding_mask, start_tensor
     )
-    _check_lengths(query, key, value, layout, key_padding_mask, query_start)
+    sizes = layout.sizes()
+    _check_lengths(query, key, value, sizes, key_padding_mask, query_start)
     if scale is None:
         scale = query.shape[-1] ** -0.5
     if start_tensor is not None:
@@ -95,7 +97,7 @@ def sparse_attention(
         out, lse = op.by_reference(query, key, value, key_padding_mask, layout, *rest, return_lse)
     else:
         call = (query, key, value, key_padding_mask)
-        out, lse = op.forward(*call, layout.tensors(), layout.sizes(), *rest, chosen)
+        out, lse = op.forward(*call, layout.tensors(), sizes, *rest, chosen)
         outs, lses = [out], [lse]
         while layout.rest is not None:
             layout = layout.rest
@@ -165,17 +167,18 @@ def _serving(
 
 
 def _check_lengths(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, key_padding_mask: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, sizes: list[int], key_padding_mask: Tensor | None,
     query_start: int | Tensor,
 ) -> None:  # fmt: skip
     """What grows as tokens are decoded is checked at every call: remembered, each length would be a kind of its own."""
+    _, layout_n_k, _, causal = sizes
     n_k = key.shape[2]
     if value.shape[2] != n_k:
         raise _not_the_positions_of(key, value)
-    if n_k != layout.n_k and (n_k > layout.n_k or not layout.causal):
-        raise ValueError(f"layout is for {layout.n_k} keys, got {n_k}")
+    if n_k != layout_n_k and (n_k > layout_n_k or not causal):
+        raise ValueError(f"layout is for {layout_n_k} keys, got {n_k}")
     if isinstance(query_start, (int, torch.SymInt)):
-        op.check_start(query_start, query.shape[2], n_k, layout.sizes())
+        op.check_start(query_start, query.shape[2], n_k, sizes)
     elif not isinstance(query_start, Tensor):
         raise TypeError(f"query_start must be an integer or a tensor of one, got {type(query_start).__name__}")
     if key_padding_mask is not None and key_padding_mask.shape[1] != n_k:

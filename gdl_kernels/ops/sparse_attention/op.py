@@ -95,7 +95,7 @@ def _outputs(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor
     # autograd would not let anybody change in place.
     strides = n_q * heads * width, width, heads * width, 1
     out = query.new_empty_strided((batch, heads, n_q, width), strides)
-    return out, query.new_empty(batch, heads, n_q, dtype=sum_dtype(query))
+    return out, query.new_empty((batch, heads, n_q), dtype=sum_dtype(query))
 
 
 def _gradients(
