@@ -1,4 +1,5 @@
 // What every call of an op asks about its arguments; see gdl_kernels/_direct.py and gdl_kernels/_backends.py.
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <optional>
@@ -78,7 +79,7 @@ enum Verdict { kDispatch, kDirect, kDirectWithGradient, kDirectWithGradientInLis
 
 // Whether an op's implementation can be called with the arguments as they are, and with `gradients` on whether any of
 // them wants one.
-Verdict look(py::handle arguments, bool gradients) {
+Verdict look(py::handle arguments, bool gradients, bool in_list = false) {
   Verdict verdict = kDirect;
   const auto [first, count] = *items(arguments.ptr());
   for (Py_ssize_t i = 0; i < count; ++i) {
@@ -86,11 +87,14 @@ Verdict look(py::handle arguments, bool gradients) {
     if (torch->is_plain(object)) {
       const std::optional<Tensor> tensor = read(object);
       if (!tensor) return kDispatch;
-      if (tensor->is_integral()) continue;               // the many of a layout
+      if (tensor->is_integral()) {
+        if (in_list) return verdict;  // the many of a layout: one stands for all
+        continue;
+      }
       if (torch->is_negative(object)) return kDispatch;  // what it holds is not what is in its memory
       if (gradients && verdict == kDirect && torch->wants_gradient(object)) verdict = kDirectWithGradient;
     } else if (items(object)) {
-      const Verdict of_items = look(object, gradients && verdict != kDirectWithGradientInLists);
+      const Verdict of_items = look(object, gradients && verdict != kDirectWithGradientInLists, true);
       if (of_items == kDispatch) return kDispatch;
       if (of_items != kDirect) verdict = kDirectWithGradientInLists;
     } else if (!is_number_or_name(object)) {
@@ -105,7 +109,7 @@ class Signature {
   Signature() { bytes_.reserve(1024); }
 
   // False where arguments have something in them that has no signature. Of a tensor that grows along a dimension from
-  // call to call its size there is left out, and with it all strides.
+  // call to call strides are left out, and of its size there is only said which is the first of that size.
   bool add(PyObject* object, int growing = -1) {
     if (torch->is_plain(object)) return add_tensor(object, growing);
     if (const auto sequence = items(object)) {
@@ -147,9 +151,16 @@ class Signature {
     for (int d = 0; d < tensor->dim(); ++d)
       if (growing < 0)
         put(',', std::array{tensor->size(d), tensor->stride(d)});
-      else if (d != growing)
-        put(',', tensor->size(d));
+      else
+        put('~', d == growing ? place_of(tensor->size(d)) : tensor->size(d));
     return true;
+  }
+
+  std::int64_t place_of(std::int64_t size) {
+    const auto found = std::find(grown_.begin(), grown_.end(), size);
+    const std::int64_t place = found - grown_.begin();
+    if (found == grown_.end()) grown_.push_back(size);
+    return place;
   }
 
   template <typename T>
@@ -161,6 +172,7 @@ class Signature {
   }
 
   std::string bytes_;
+  std::vector<std::int64_t> grown_;
 };
 
 // A function of an op's name, a backend's and the arguments of a call, that gives its signature. growing[i]: the

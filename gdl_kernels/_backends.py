@@ -99,8 +99,8 @@ class Choices:
         their tensors agree in type, dtype, device, sizes, strides and in whether they want a gradient, and the rest of
         their arguments is the same. With others than plain tensors, numbers, strings and dtypes it is made every time.
 
-        ``growing``: by the name of a tensor, a dimension along which it may be longer at every call, as a cache is.
-        Calls that differ in its size there, and in its strides, are of a kind: the check may look at neither.
+        ``growing``: by the name of a tensor, a dimension along which it may be longer at every call, as a cache is. Of
+        such tensors the check may look at which are of one size there, not at how long they are, and at no strides.
         """
         native, _ = _native.cpu()
         names = list(inspect.signature(check).parameters)[1:]

@@ -86,7 +86,7 @@ def sparse_attention(
         backend, query, key, value, layout.mask_table, layout.heads, scale, dropout_p, key_padding_mask, start_tensor
     )
     sizes = layout.sizes()
-    _check_lengths(query, key, value, sizes, key_padding_mask, query_start)
+    _check_lengths(query.shape[2], key.shape[2], query_start, sizes)
     if scale is None:
         scale = query.shape[-1] ** -0.5
     if start_tensor is not None:
@@ -129,8 +129,10 @@ def _serving(
     if key_batch != batch or value_batch != batch:
         sizes = f"{key_batch} and {value_batch}"
         raise ValueError(f"key and value must have the batch size of query, {batch}, got {sizes}")
-    if value_heads != kv_heads:
-        raise _not_the_positions_of(key, value)
+    if value_heads != kv_heads or value_positions != n_k:
+        raise ValueError(
+            f"value must have the heads and positions of key, {(kv_heads, n_k)}, got {(value_heads, value_positions)}"
+        )
     if key_dim != head_dim:
         raise ValueError(f"key must have the features of query, {head_dim}, got {key_dim}")
     if head_dim == 0 or value_dim == 0:
@@ -152,8 +154,8 @@ def _serving(
             raise TypeError(f"key_padding_mask must be a tensor, got {type(key_padding_mask).__name__}")
         if key_padding_mask.dtype != torch.bool:
             raise TypeError(f"key_padding_mask must be bool, True for keys to leave out, got {key_padding_mask.dtype}")
-        if key_padding_mask.dim() != 2 or key_padding_mask.shape[0] != batch:
-            raise _not_of_every_key(key, key_padding_mask)
+        if key_padding_mask.shape != (batch, n_k):
+            raise ValueError(f"key_padding_mask must be {(batch, n_k)}, got {tuple(key_padding_mask.shape)}")
         if key_padding_mask.device != query.device:
             raise ValueError(f"key_padding_mask must be on {query.device}, got {key_padding_mask.device}")
     if query_start is not None:
@@ -166,30 +168,12 @@ def _serving(
     return op.choices.pick(query.device, backend, query, key, value)
 
 
-def _check_lengths(
-    query: Tensor, key: Tensor, value: Tensor, sizes: list[int], key_padding_mask: Tensor | None,
-    query_start: int | Tensor,
-) -> None:  # fmt: skip
+def _check_lengths(n_q: int, n_k: int, query_start: int | Tensor, sizes: list[int]) -> None:
     """What grows as tokens are decoded is checked at every call: remembered, each length would be a kind of its own."""
     _, layout_n_k, _, causal = sizes
-    n_k = key.shape[2]
-    if value.shape[2] != n_k:
-        raise _not_the_positions_of(key, value)
     if n_k != layout_n_k and (n_k > layout_n_k or not causal):
         raise ValueError(f"layout is for {layout_n_k} keys, got {n_k}")
     if isinstance(query_start, (int, torch.SymInt)):
-        op.check_start(query_start, query.shape[2], n_k, sizes)
+        op.check_start(query_start, n_q, n_k, sizes)
     elif not isinstance(query_start, Tensor):
         raise TypeError(f"query_start must be an integer or a tensor of one, got {type(query_start).__name__}")
-    if key_padding_mask is not None and key_padding_mask.shape[1] != n_k:
-        raise _not_of_every_key(key, key_padding_mask)
-
-
-def _not_the_positions_of(key: Tensor, value: Tensor) -> ValueError:
-    wanted, got = tuple(key.shape[1:3]), tuple(value.shape[1:3])
-    return ValueError(f"value must have the heads and positions of key, {wanted}, got {got}")
-
-
-def _not_of_every_key(key: Tensor, key_padding_mask: Tensor) -> ValueError:
-    wanted = key.shape[0], key.shape[2]
-    return ValueError(f"key_padding_mask must be {wanted}, got {tuple(key_padding_mask.shape)}")
