@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal, overload
 
@@ -168,7 +169,7 @@ def _serving(
     return op.choices.pick(query.device, backend, query, key, value)
 
 
-def _check_lengths(n_q: int, n_k: int, query_start: int | Tensor, sizes: list[int]) -> None:
+def _check_lengths(n_q: int, n_k: int, query_start: int | Tensor, sizes: Sequence[int]) -> None:
     """What grows as tokens are decoded is checked at every call: remembered, each length would be a kind of its own."""
     _, layout_n_k, _, causal = sizes
     if n_k != layout_n_k and (n_k > layout_n_k or not causal):

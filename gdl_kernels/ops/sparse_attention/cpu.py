@@ -13,8 +13,8 @@ from . import op
 
 
 def _call(
-    query: Tensor, key: Tensor, key_padding_mask: Tensor | None, layout: list[Tensor], sizes: list[int], scale: float,
-    query_start: int, start_tensor: Tensor | None, dropout_p: float, seed: Tensor | None,
+    query: Tensor, key: Tensor, key_padding_mask: Tensor | None, layout: Sequence[Tensor], sizes: Sequence[int],
+    scale: float, query_start: int, start_tensor: Tensor | None, dropout_p: float, seed: Tensor | None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """What the bindings take after the tensors: what a kernel is told in numbers is read here."""
     if start_tensor is not None:
@@ -26,7 +26,7 @@ def _call(
 
 def forward(
     outputs: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None,
-    layout: list[Tensor], sizes: list[int], scale: float, query_start: int, start_tensor: Tensor | None,
+    layout: Sequence[Tensor], sizes: Sequence[int], scale: float, query_start: int, start_tensor: Tensor | None,
     dropout_p: float, seed: Tensor | None, _backend: str,
 ) -> None:  # fmt: skip
     _native.cpu_module().sparse_attention_forward(
@@ -37,8 +37,9 @@ def forward(
 
 def backward(
     outputs: tuple[Tensor, Tensor, Tensor], grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor,
-    value: Tensor, out: Tensor, lse: Tensor, key_padding_mask: Tensor | None, layout: list[Tensor], sizes: list[int],
-    scale: float, query_start: int, start_tensor: Tensor | None, dropout_p: float, seed: Tensor | None, backend: str,
+    value: Tensor, out: Tensor, lse: Tensor, key_padding_mask: Tensor | None, layout: Sequence[Tensor],
+    sizes: Sequence[int], scale: float, query_start: int, start_tensor: Tensor | None, dropout_p: float,
+    seed: Tensor | None, backend: str,
 ) -> None:  # fmt: skip
     if _keys_differ_in_a_group(query, key, layout):
         key, value = (_for_each_query_head(query, t) for t in (key, value))
@@ -58,7 +59,7 @@ def backward(
 def double_backward(
     outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], grad_grad_query: Tensor, grad_grad_key: Tensor,
     grad_grad_value: Tensor, grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
-    out: Tensor, lse: Tensor, key_padding_mask: Tensor | None, layout: list[Tensor], sizes: list[int],
+    out: Tensor, lse: Tensor, key_padding_mask: Tensor | None, layout: Sequence[Tensor], sizes: Sequence[int],
     scale: float, query_start: int, start_tensor: Tensor | None, dropout_p: float, seed: Tensor | None, backend: str,
 ) -> None:  # fmt: skip
     if _keys_differ_in_a_group(query, key, layout):
@@ -79,7 +80,7 @@ def double_backward(
     )  # fmt: skip
 
 
-def _keys_differ_in_a_group(query: Tensor, key: Tensor, layout: list[Tensor]) -> bool:
+def _keys_differ_in_a_group(query: Tensor, key: Tensor, layout: Sequence[Tensor]) -> bool:
     """Whether query heads on one key head read it in orders of their own.
 
     The kernels sum a key's gradients in the order of places, which such heads don't share.

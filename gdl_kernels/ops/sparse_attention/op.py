@@ -15,7 +15,7 @@ from ...layouts import BlockLists, Layout, causal, from_mask, strided
 from . import reference
 
 
-def check_start(start: int, n_q: int, n_k: int, sizes: list[int]) -> None:
+def check_start(start: int, n_q: int, n_k: int, sizes: Sequence[int]) -> None:
     """Refuse queries that a layout doesn't have, or that look at keys which are not there yet."""
     layout_n_q, layout_n_k, _, causal = sizes
     end = start + n_q
@@ -208,7 +208,7 @@ def by_reference(
     return reference.sparse_attention(query, key, value, mask, scale, key_padding_mask, dropout, return_lse)
 
 
-def layout_of(tensors: list[Tensor], sizes: list[int]) -> Layout:
+def layout_of(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Layout:
     """The layout whose tensors and sizes an op was given."""
     n_q, n_k, block_size, causal = sizes
     rows, columns, (table, order, _places) = BlockLists(*tensors[:5]), BlockLists(*tensors[5:10]), tensors[10:]
