@@ -45,10 +45,8 @@ def positional_embedding(
             ``scale`` not a number.
         RuntimeError: if ``backend`` was given and can't serve the call.
     """
-    chosen = _serving(backend, tokens, weight, scale)
+    chosen, scale = _serving(backend, tokens, weight, scale)
     _check_start(start, tokens.shape[-1])
-    if scale is None:
-        scale = math.sqrt(weight.shape[1])
     if chosen != "reference":
         return op.forward(tokens, weight, scale, start, chosen)
     # Compiled code can't branch on what tokens hold; F.embedding then refuses them, in its own words.
@@ -58,7 +56,8 @@ def positional_embedding(
 
 
 @op.choices.serving
-def _serving(backend: str | None, tokens: Tensor, weight: Tensor, scale: float | None) -> str:
+def _serving(backend: str | None, tokens: Tensor, weight: Tensor, scale: float | None) -> tuple[str, float]:
+    """The backend, and the scale."""
     if not isinstance(tokens, Tensor):
         raise TypeError(f"tokens must be a tensor, got {type(tokens).__name__}")
     if tokens.dtype not in (torch.int64, torch.int32):
@@ -72,7 +71,8 @@ def _serving(backend: str | None, tokens: Tensor, weight: Tensor, scale: float |
         raise ValueError(f"weight must be on the device of tokens, {tokens.device}, got {weight.device}")
     if scale is not None:
         check_finite("scale", scale)
-    return op.choices.pick(weight.device, backend, tokens, weight)
+    chosen = op.choices.pick(weight.device, backend, tokens, weight)
+    return chosen, math.sqrt(weight.shape[1]) if scale is None else scale
 
 
 def _check_start(start: int, length: int) -> None:

@@ -83,13 +83,11 @@ def sparse_attention(
     if not isinstance(layout, Layout):
         raise TypeError(f"layout must be a gdl_kernels.layouts.Layout, got {type(layout).__name__}")
     start, start_tensor = (0, query_start) if isinstance(query_start, Tensor) else (query_start, None)
-    chosen = _serving(
+    chosen, scale = _serving(
         backend, query, key, value, layout.mask_table, layout.heads, scale, dropout_p, key_padding_mask, start_tensor
     )
     sizes = layout.sizes()
     _check_lengths(query.shape[2], key.shape[2], query_start, sizes)
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
     if start_tensor is not None:
         start_tensor = start_tensor.view(())
     seed = draw_seed(query.device) if dropout_p > 0 else None
@@ -114,8 +112,8 @@ def sparse_attention(
 def _serving(
     backend: str | None, query: Tensor, key: Tensor, value: Tensor, layout: Tensor, layout_heads: int,
     scale: float | None, dropout_p: float, key_padding_mask: Tensor | None, query_start: Tensor | None,
-) -> str:  # fmt: skip
-    """``layout``: a tensor of it, for its device."""
+) -> tuple[str, float]:  # fmt: skip
+    """The backend, and the scale. ``layout`` is a tensor of it, for its device."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_floating(name, tensor)
         if tensor.dim() != 4:
@@ -166,7 +164,8 @@ def _serving(
             raise ValueError(f"query_start must have one element, got shape {tuple(query_start.shape)}")
         if query_start.device != query.device:
             raise ValueError(f"query_start must be on the device of query, {query.device}, got {query_start.device}")
-    return op.choices.pick(query.device, backend, query, key, value)
+    chosen = op.choices.pick(query.device, backend, query, key, value)
+    return chosen, head_dim**-0.5 if scale is None else scale
 
 
 def _check_lengths(n_q: int, n_k: int, query_start: int | Tensor, sizes: Sequence[int]) -> None:

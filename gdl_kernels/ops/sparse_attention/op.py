@@ -95,8 +95,9 @@ def _outputs(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor
     # autograd would not let anybody change in place.
     strides = n_q * heads * width, width, heads * width, 1
     out = query.new_empty_strided((batch, heads, n_q, width), strides)
-    # With its strides it takes two thirds of the time to ask for.
-    return out, query.new_empty_strided((batch, heads, n_q), (heads * n_q, n_q, 1), dtype=sum_dtype(query))
+    # With strides, and without a dtype that it has anyway, it takes half the time to ask for.
+    lse, dtype = ((batch, heads, n_q), (heads * n_q, n_q, 1)), sum_dtype(query)
+    return out, query.new_empty_strided(*lse) if dtype is query.dtype else query.new_empty_strided(*lse, dtype=dtype)
 
 
 def _gradients(
