@@ -1,98 +1,118 @@
-#include "bindings_images.h"
+#include <array>
+#include <tuple>
+
+#include "bindings_cpu_images.h"
 #include "cpu/adain.h"
+#include "cpu/buffer.h"
 #include "cpu/dispatch.h"
 
 namespace {
 
 using namespace gdl;
 
-using Address = std::uintptr_t;
-// (active, noise, stride of its images, weight, bias, slope)
-using PrologueArguments = std::tuple<bool, Address, std::int64_t, Address, Address, double>;
-// Of the planes, in the order of the structs in cpu/adain.h.
-using Three = std::tuple<Address, Address, Address>;
-using Four = std::tuple<Address, Address, Address, Address>;
+// (noise, seed, weight, bias, slope)
+using PrologueArguments =
+    std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, double>;
 
+// What happens to x before its statistics are taken. Keeps the noise that it draws, for which it lets go of the GIL.
 template <typename T>
-Prologue<T> prologue_of(const PrologueArguments& arguments) {
-  const auto& [active, noise, image, weight, bias, slope] = arguments;
-  return {active, pointer<const T>(noise), image, pointer<const T>(weight), pointer<const T>(bias),
-          static_cast<T>(slope)};
-}
+class PrologueReader {
+ public:
+  PrologueReader(ImageReader& reader, const PrologueArguments& arguments, int threads) {
+    const auto& [noise, seed, weight, bias, slope] = arguments;
+    const Images& images = reader.images();
+    const bool active = noise || seed || bias || slope != 1;
+    const std::int64_t image = noise && noise->size(0) == 1 ? 0 : images.pixels;
+    prologue_ = {active,
+                 reader.numbers<const T>(noise),
+                 image,
+                 reader.numbers<const T>(weight),
+                 reader.numbers<const T>(bias),
+                 static_cast<T>(slope)};
+    if (!seed) return;
+    drawn_ = make_buffer<T>(images.count * images.pixels);
+    prologue_.noise = drawn_.get();
+    const std::int64_t number = *seed->data<std::int64_t>();
+    const pybind11::gil_scoped_release without_gil;
+    draw_noise(number, images.count, images.pixels, drawn_.get(), reader.threads(threads));
+  }
 
+  const Prologue<T>& operator*() const { return prologue_; }
+
+ private:
+  Prologue<T> prologue_;
+  Buffer<T> drawn_;
+};
+
+// statistics: (2, N, C)
 template <typename T>
-Modulation<T> modulation_of(const Three& planes) {
-  const auto& [scale, mean, rstd] = planes;
-  return {pointer<const T>(scale), pointer<const T>(mean), pointer<const T>(rstd)};
+Modulation<T> modulation_of(ImageReader& reader, const Tensor& scale, const Tensor& statistics) {
+  const T* const mean = reader.numbers<const T>(statistics);
+  return {reader.numbers<const T>(scale), mean, mean + scale.numel()};
 }
 
-template <typename Struct, typename T>
-Struct planes_of(const Four& planes) {
-  const auto& [scale, shift, weight, bias] = planes;
-  return {pointer<T>(scale), pointer<T>(shift), pointer<T>(weight), pointer<T>(bias)};
-}
-
-void forward(const std::string& dtype, const Shape& shape, bool channels_last, const PrologueArguments& prologue,
-             double eps, const Array& x, Address scale, Address shift, const Array& y, Address mean, Address rstd,
-             int threads) {
-  dispatch(dtype, [&](auto type) {
+void forward(const Tensor& y, const Tensor& statistics, const Tensor& x, const Tensor& scale, const Tensor& shift,
+             const PrologueArguments& prologue, double eps, int threads) {
+  ImageReader reader(y);
+  dispatch(y.dtype_name(), [&](auto type) {
     using E = typename decltype(type)::type;
     using T = accumulator_t<E>;
-    adain_forward<E>(images(shape, channels_last), prologue_of<T>(prologue), eps, lines<const E>(x),
-                     pointer<const T>(scale), pointer<const T>(shift), lines<E>(y), pointer<T>(mean), pointer<T>(rstd),
-                     threads);
+    const PrologueReader<T> before(reader, prologue, threads);
+    const Lines<const E> x_lines = reader.lines<const E>(x);
+    const Lines<E> y_lines = reader.lines<E>(y);
+    const T *scales = reader.numbers<const T>(scale), *shifts = reader.numbers<const T>(shift);
+    T* const mean = statistics.data<T>();
+    const pybind11::gil_scoped_release without_gil;
+    adain_forward<E>(reader.images(), *before, eps, x_lines, scales, shifts, y_lines, mean, mean + scale.numel(),
+                     reader.threads(threads));
   });
 }
 
-void statistics(const std::string& dtype, const Shape& shape, bool channels_last, double eps, const Array& x,
-                Address mean, Address deviation, int threads) {
-  dispatch(dtype, [&](auto type) {
+// gradients: of scale, shift, weight and bias
+void backward(const Tensor& dx, const std::array<Tensor, 4>& gradients, const Tensor& grad, const Tensor& x,
+              const Tensor& scale, const Tensor& statistics, const PrologueArguments& prologue, int threads) {
+  ImageReader reader(dx);
+  dispatch(dx.dtype_name(), [&](auto type) {
     using E = typename decltype(type)::type;
     using T = accumulator_t<E>;
-    adain_statistics<E>(images(shape, channels_last), eps, lines<const E>(x), pointer<T>(mean), pointer<T>(deviation),
-                        threads);
+    const PrologueReader<T> before(reader, prologue, threads);
+    const Lines<const E> grad_lines = reader.lines<const E>(grad), x_lines = reader.lines<const E>(x);
+    const Lines<E> dx_lines = reader.lines<E>(dx);
+    const Modulation<T> modulation = modulation_of<T>(reader, scale, statistics);
+    const PlaneGradients<T> planes{gradients[0].data<T>(), gradients[1].data<T>(), gradients[2].data<T>(),
+                                   gradients[3].data<T>()};
+    const pybind11::gil_scoped_release without_gil;
+    adain_backward<E>(reader.images(), *before, grad_lines, x_lines, modulation, dx_lines, planes,
+                      reader.threads(threads));
   });
 }
 
-void backward(const std::string& dtype, const Shape& shape, bool channels_last, const PrologueArguments& prologue,
-              const Array& grad, const Array& x, const Three& modulation, const Array& dx, const Four& gradients,
-              int threads) {
-  dispatch(dtype, [&](auto type) {
+// directions: of scale, shift, weight and bias; gradients: of scale, weight and bias
+void double_backward(const Tensor& grad_grad, const Tensor& grad_x, const std::array<Tensor, 3>& gradients,
+                     const Tensor& v, const std::array<Tensor, 4>& directions, const Tensor& grad, const Tensor& x,
+                     const Tensor& scale, const Tensor& statistics, const PrologueArguments& prologue, int threads) {
+  ImageReader reader(grad_x);
+  dispatch(grad_x.dtype_name(), [&](auto type) {
     using E = typename decltype(type)::type;
     using T = accumulator_t<E>;
-    adain_backward<E>(images(shape, channels_last), prologue_of<T>(prologue), lines<const E>(grad), lines<const E>(x),
-                      modulation_of<T>(modulation), lines<E>(dx), planes_of<PlaneGradients<T>, T>(gradients), threads);
+    const PrologueReader<T> before(reader, prologue, threads);
+    const Lines<const E> v_lines = reader.lines<const E>(v), grad_lines = reader.lines<const E>(grad);
+    const Lines<const E> x_lines = reader.lines<const E>(x);
+    const Lines<E> grad_grad_lines = reader.lines<E>(grad_grad), grad_x_lines = reader.lines<E>(grad_x);
+    const Modulation<T> modulation = modulation_of<T>(reader, scale, statistics);
+    const PlaneDirections<T> given{reader.numbers<const T>(directions[0]), reader.numbers<const T>(directions[1]),
+                                   reader.numbers<const T>(directions[2]), reader.numbers<const T>(directions[3])};
+    const PlaneGradients<T> planes{gradients[0].data<T>(), nullptr, gradients[1].data<T>(), gradients[2].data<T>()};
+    const pybind11::gil_scoped_release without_gil;
+    adain_double_backward<E>(reader.images(), *before, v_lines, given, grad_lines, x_lines, modulation, grad_grad_lines,
+                             grad_x_lines, planes, reader.threads(threads));
   });
-}
-
-void double_backward(const std::string& dtype, const Shape& shape, bool channels_last,
-                     const PrologueArguments& prologue, const Array& v, const Four& directions, const Array& grad,
-                     const Array& x, const Three& modulation, const Array& grad_grad, const Array& grad_x,
-                     const Four& gradients, int threads) {
-  dispatch(dtype, [&](auto type) {
-    using E = typename decltype(type)::type;
-    using T = accumulator_t<E>;
-    adain_double_backward<E>(images(shape, channels_last), prologue_of<T>(prologue), lines<const E>(v),
-                             planes_of<PlaneDirections<T>, const T>(directions), lines<const E>(grad),
-                             lines<const E>(x), modulation_of<T>(modulation), lines<E>(grad_grad), lines<E>(grad_x),
-                             planes_of<PlaneGradients<T>, T>(gradients), threads);
-  });
-}
-
-void noise(std::uint64_t seed, std::int64_t images, std::int64_t pixels, bool wide, Address out, int threads) {
-  if (wide)
-    draw_noise(seed, images, pixels, pointer<double>(out), threads);
-  else
-    draw_noise(seed, images, pixels, pointer<float>(out), threads);
 }
 
 const Binding binding([](pybind11::module_& module) {
-  const pybind11::call_guard<pybind11::gil_scoped_release> without_gil;
-  module.def("adain_forward", &forward, without_gil);
-  module.def("adain_statistics", &statistics, without_gil);
-  module.def("adain_backward", &backward, without_gil);
-  module.def("adain_double_backward", &double_backward, without_gil);
-  module.def("adain_noise", &noise, without_gil);
+  module.def("adain_forward", &forward);
+  module.def("adain_backward", &backward);
+  module.def("adain_double_backward", &double_backward);
 });
 
 }  // namespace

@@ -18,13 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gdl_kernels
 from gdl_kernels import _backends, _native, adain, adain_from_style, nn, style_epilogue
 from gdl_kernels.ops.adain import op
+from gdl_kernels.ops.adain_from_style import op as from_style
 from gdl_kernels.ops.style_epilogue import reference
 from tests.accuracy import assert_accurate
-from tests.ops.images import DTYPES, GPU, MEMORY, images, random
+from tests.ops.images import DTYPES, GPU, MEMORY, channels_last, images, random
 
 pytestmark = pytest.mark.usefixtures("nan_poison")
 
@@ -135,9 +137,7 @@ CASES += [
 
 @pytest.mark.parametrize(("call", "memory", "dtype", "shape"), CASES, ids=str)
 @pytest.mark.parametrize("backend", KERNELS)
-def test_output_and_gradients(
-    backend: str, call: str, memory: str, dtype: torch.dtype, shape: tuple[int, ...]
-) -> None:
+def test_output_and_gradients(backend: str, call: str, memory: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     device = "cuda" if backend == "cuda" else "cpu"
     x = MEMORY[memory](random(shape, dtype, device))
     assert x.shape == shape
@@ -157,6 +157,33 @@ def test_noise_in_float32_beside_bfloat16(backend: str) -> None:
     exact = second("epilogue", x.double(), wide, grad.double(), [t.double() for t in v], "reference")
     for i, values in enumerate(zip(ours, plain, exact)):
         assert_accurate(*values, what=f"second gradient {i}", ulps=16)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_style_anywhere_in_memory(backend: str, memory: str) -> None:
+    # The content in the other of the two ways to lay out an image.
+    device = "cuda" if backend == "cuda" else "cpu"
+    content, grad = (random((3, 5, 7, 9), torch.float32, device) for _ in range(2))
+    style = MEMORY[memory](random((3, 5, 6, 4), torch.float32, device))
+    if memory != "channels last":
+        content = channels_last(content)
+    check("from style", content, grad, backend, {"style": style})
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "channels last"])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_parameters_with_gaps(backend: str, memory: str) -> None:
+    device = "cuda" if backend == "cuda" else "cpu"
+    x, grad = (MEMORY[memory](random((2, 5, 7, 6), torch.float32, device)) for _ in range(2))
+    p = parameters("epilogue", x)
+    with_gaps = {name: torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0] for name, t in p.items()}
+    v = [torch.randn_like(t) for t in (x, *p.values())]
+    dense, found = (
+        [*run("epilogue", x, values, grad, backend).values(), *second("epilogue", x, values, grad, v, backend)]
+        for values in (p, with_gaps)
+    )
+    torch.testing.assert_close(found, dense)
 
 
 @pytest.mark.parametrize("memory", MEMORY)
@@ -307,6 +334,48 @@ def test_gradients_of_both_orders(backend: str, call: str, memory: str) -> None:
     torch.autograd.gradgradcheck(function, (x, *p.values()))
 
 
+@pytest.mark.parametrize("wanted", ["content", "style"])
+def test_gradients_of_content_or_style_alone(wanted: str) -> None:
+    images = {"content": random((2, 3, 3, 2), torch.float64), "style": random((2, 3, 5), torch.float64)}
+
+    def function(x: Tensor) -> Tensor:
+        return adain_from_style(**{**images, wanted: x}, backend="cpu")
+
+    x = images[wanted].clone().requires_grad_()
+    torch.autograd.gradcheck(function, x)
+    torch.autograd.gradgradcheck(function, x)
+
+
+@pytest.mark.filterwarnings("ignore:.*third derivatives")
+def test_third_gradients_of_content_and_style() -> None:
+    weight = random((2, 3, 3, 2), torch.float64)
+    leaves = [random(shape, torch.float64).requires_grad_() for shape in ((2, 3, 3, 2), (2, 3, 5))]
+
+    def third(backend: str) -> Sequence[Tensor]:
+        value = adain_from_style(*leaves, backend=backend).square().mul(weight).sum()
+        for _ in range(3):
+            found = torch.autograd.grad(value, leaves, create_graph=True)
+            value = sum(g.square().sum() for g in found)
+        return found
+
+    torch.testing.assert_close(third("cpu"), third("reference"))
+
+
+class ThroughTheDispatcher(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_second_gradients_through_the_dispatcher_are_the_same() -> None:
+    # The statistics of the style are an output with a gradient of its own, which torch wires up in its own way there.
+    x, grad = random((2, 3, 4, 5), torch.float32), random((2, 3, 4, 5), torch.float32)
+    p = parameters("from style", x)
+    v = [torch.randn_like(t) for t in (x, *p.values())]
+    directly = second("from style", x, p, grad, v, "cpu")
+    with ThroughTheDispatcher():
+        assert all(map(torch.equal, directly, second("from style", x, p, grad, v, "cpu")))
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_gradients_with_drawn_noise(backend: str) -> None:
     x, scale, bias = random((2, 3, 3, 3), torch.float64), *random((2, 2, 3), torch.float64)
@@ -420,9 +489,8 @@ def test_backward_draws_the_same_noise_again() -> None:
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
 
 
-def test_the_graph_keeps_x_and_two_numbers_a_plane() -> None:
-    x, scale, bias = random((2, 8, 64, 64), torch.float32), *random((2, 2, 8), torch.float32)
-    weight = random((8,), torch.float32)
+def kept_bytes(call: Callable[[], Tensor], given: Sequence[Tensor]) -> int:
+    """Of what the graph of a call keeps besides what it was given."""
     kept: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -430,9 +498,19 @@ def test_the_graph_keeps_x_and_two_numbers_a_plane() -> None:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        style_epilogue(x.requires_grad_(), scale, bias, noise_weight=weight)
-    given = {t.untyped_storage().data_ptr() for t in (x, scale, bias, weight)}
-    assert sum(size for address, size in kept.items() if address not in given) == 2 * 4 * 2 * 8 + 8  # and the seed
+        call()
+    addresses = {t.untyped_storage().data_ptr() for t in given}
+    return sum(size for address, size in kept.items() if address not in addresses)
+
+
+def test_the_graph_keeps_x_and_two_numbers_a_plane() -> None:
+    x, scale, bias = random((2, 8, 64, 64), torch.float32).requires_grad_(), *random((2, 2, 8), torch.float32)
+    weight = random((8,), torch.float32)
+    numbers = 4 * 2 * 2 * 8
+    assert kept_bytes(lambda: adain(x, scale, bias), (x, scale, bias)) == numbers
+    assert kept_bytes(lambda: adain_from_style(x, 2 * x.detach()[..., ::2, :]), (x,)) == 2 * numbers + x.nbytes // 2
+    drawn = kept_bytes(lambda: style_epilogue(x, scale, bias, noise_weight=weight), (x, scale, bias, weight))
+    assert drawn == numbers + 8  # and the seed
 
 
 # ---- torch
@@ -451,13 +529,14 @@ def test_registration(backend: str, memory: str) -> None:
     for prologue in ((None, None, None, None, 1.0), given, drawn):
         call = (*prologue, 1e-5, backend)
         torch.library.opcheck(op.forward.dispatched, (x, scale, bias, *call))
-        y, mean, rstd = op.forward(x.detach(), scale.detach(), bias.detach(), *call)
-        arguments = (torch.randn_like(y).requires_grad_(), x, scale, mean, rstd, *call)
+        y, statistics = op.forward(x.detach(), scale.detach(), bias.detach(), *call)
+        arguments = (torch.randn_like(y).requires_grad_(), x, scale, statistics, *call)
         torch.library.opcheck(op.backward.dispatched, arguments)
         v = torch.randn_like(y), *torch.randn(4, 2, 3, device=device)
         inference = [t.detach() if isinstance(t, Tensor) else t for t in arguments]
         torch.library.opcheck(op.double_backward.dispatched, (*v, *inference))
-    torch.library.opcheck(op.statistics.dispatched, (x, 1e-5, backend))
+    style = random((2, 3, 7), torch.float32, device).requires_grad_()
+    torch.library.opcheck(from_style.forward.dispatched, (x, style, 1e-5, backend))
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -612,6 +691,10 @@ def test_bad_input(backend: str | None) -> None:
         with pytest.raises(error, match=message):
             function(*args, **kwargs, backend=backend)
 
+    # What is remembered of a good call lets no bad one pass that has the same shapes.
+    adain(X, P, P, backend=backend)
+    style_epilogue(X, P, P, noise=X[:, :1], noise_weight=C, channel_bias=C, backend=backend)
+    adain_from_style(X, X, backend=backend)
     for x, error, message in BAD_PLANES:
         refused(error, f"^x {message}", adain, x, P, P)
         refused(error, f"^x {message}", style_epilogue, x, P, P)

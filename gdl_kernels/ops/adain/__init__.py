@@ -31,14 +31,19 @@ def adain(x: Tensor, scale: Tensor, bias: Tensor, *, eps: float = 1e-5, backend:
         TypeError: if a tensor is not floating point, or ``scale`` or ``bias`` is wider than the sums.
         RuntimeError: if ``backend`` was given and can't serve the call.
     """
-    check_planes("x", x)
-    planes = [x.shape[:2]]
-    check_parameter("scale", scale, planes, x)
-    check_parameter("bias", bias, planes, x)
-    check_positive("eps", eps)
-    chosen = op.choices.pick(x.device, backend, x, scale, bias, eps=eps)
+    chosen = _serving(backend, x, scale, bias, eps)
     if chosen == "reference":
         return reference.adain(x, scale, bias, eps)
     wide = sum_dtype(x)
     scale, bias = to_dtype(scale, wide), to_dtype(bias, wide)
     return op.forward(x, scale, bias, None, None, None, None, 1.0, eps, chosen)[0]
+
+
+@op.choices.serving
+def _serving(backend: str | None, x: Tensor, scale: Tensor, bias: Tensor, eps: float) -> str:
+    check_planes("x", x)
+    planes = [x.shape[:2]]
+    check_parameter("scale", scale, planes, x)
+    check_parameter("bias", bias, planes, x)
+    check_positive("eps", eps)
+    return op.choices.pick(x.device, backend, x, scale, bias, eps=eps)

@@ -12,11 +12,11 @@ from ... import _images, _native
 
 
 def forward(
-    outputs: tuple[Tensor, Tensor, Tensor], x: Tensor, scale: Tensor, bias: Tensor, noise: Tensor | None,
-    seed: Tensor | None, noise_weight: Tensor | None, channel_bias: Tensor | None, negative_slope: float, eps: float,
-    _backend: str,
+    outputs: tuple[Tensor, Tensor], x: Tensor, scale: Tensor, bias: Tensor, noise: Tensor | None, seed: Tensor | None,
+    noise_weight: Tensor | None, channel_bias: Tensor | None, negative_slope: float, eps: float, _backend: str,
 ) -> None:  # fmt: skip
-    y, mean, rstd = outputs
+    y, statistics = outputs
+    mean, rstd = statistics
     with _Frame(y) as frame:
         prologue = frame.prologue(noise, seed, noise_weight, channel_bias, negative_slope)
         frame.module.adain_forward(
@@ -25,8 +25,9 @@ def forward(
         )  # fmt: skip
 
 
-def statistics(outputs: tuple[Tensor, Tensor], x: Tensor, eps: float, _backend: str) -> None:
-    mean, deviation = outputs
+def statistics(out: Tensor, x: Tensor, eps: float) -> None:
+    """To ``out``, ``(2, N, C)``: the mean and ``sqrt(var + eps)`` of every plane."""
+    mean, deviation = out
     with _Frame(x) as frame:
         frame.module.adain_statistics(
             *frame.head(), eps, frame.lines(x), mean.data_ptr(), deviation.data_ptr(), *frame.tail()
@@ -34,22 +35,22 @@ def statistics(outputs: tuple[Tensor, Tensor], x: Tensor, eps: float, _backend: 
 
 
 def backward(
-    outputs: tuple[Tensor, ...], grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor,
-    noise: Tensor | None, seed: Tensor | None, noise_weight: Tensor | None, channel_bias: Tensor | None,
-    negative_slope: float, _eps: float, _backend: str,
+    outputs: tuple[Tensor, ...], grad: Tensor, x: Tensor, scale: Tensor, statistics: Tensor, noise: Tensor | None,
+    seed: Tensor | None, noise_weight: Tensor | None, channel_bias: Tensor | None, negative_slope: float, _eps: float,
+    _backend: str,
 ) -> None:  # fmt: skip
     dx, *gradients = outputs
     with _Frame(dx) as frame:
         prologue = frame.prologue(noise, seed, noise_weight, channel_bias, negative_slope)
         frame.module.adain_backward(
-            *frame.head(), prologue, frame.lines(grad), frame.lines(x), tuple(map(frame.planes, (scale, mean, rstd))),
+            *frame.head(), prologue, frame.lines(grad), frame.lines(x), tuple(map(frame.planes, (scale, *statistics))),
             frame.lines(dx), tuple(g.data_ptr() for g in gradients), *frame.tail(),
         )  # fmt: skip
 
 
 def double_backward(
     outputs: tuple[Tensor, ...], v: Tensor, v_scale: Tensor, v_bias: Tensor, v_noise_weight: Tensor,
-    v_channel_bias: Tensor, grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, noise: Tensor | None,
+    v_channel_bias: Tensor, grad: Tensor, x: Tensor, scale: Tensor, statistics: Tensor, noise: Tensor | None,
     seed: Tensor | None, noise_weight: Tensor | None, channel_bias: Tensor | None, negative_slope: float, _eps: float,
     _backend: str,
 ) -> None:  # fmt: skip
@@ -60,7 +61,7 @@ def double_backward(
         gradients = of_scale.data_ptr(), 0, of_noise_weight.data_ptr(), of_channel_bias.data_ptr()
         frame.module.adain_double_backward(
             *frame.head(), prologue, frame.lines(v), directions, frame.lines(grad), frame.lines(x),
-            tuple(map(frame.planes, (scale, mean, rstd))), frame.lines(grad_grad), frame.lines(grad_x), gradients,
+            tuple(map(frame.planes, (scale, *statistics))), frame.lines(grad_grad), frame.lines(grad_x), gradients,
             *frame.tail(),
         )  # fmt: skip
 

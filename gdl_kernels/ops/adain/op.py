@@ -2,7 +2,8 @@
 
 ``u = x + noise_weight[c] noise[n] + channel_bias[c]``, ``h = u if u > 0 else negative_slope u``, then AdaIN of ``h``.
 Noise is given, or drawn from a seed wherever it is needed. Parameters have the dtype of the sums. Beside its output the
-op gives the mean and ``1 / sqrt(var + eps)`` of every plane: with ``x``, that is what its gradients start from.
+op gives statistics, ``(2, N, C)``: the mean and ``1 / sqrt(var + eps)`` of every plane. With ``x``, that is what its
+gradients start from.
 """
 
 from __future__ import annotations
@@ -39,12 +40,7 @@ def _planes(x: Tensor, count: int) -> tuple[Tensor, ...]:
 
 
 def _outputs(x: Tensor, scale: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    mean = scale.new_empty(*scale.shape)
-    return _images.empty_like(x), mean, torch.empty_like(mean)
-
-
-def _statistics(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return _planes(x, 2)
+    return _images.empty_like(x), scale.new_empty(2, *scale.shape)
 
 
 def _gradients(_grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -58,18 +54,18 @@ def _second_gradients(*args: Any) -> tuple[Tensor, ...]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, scale, _bias, noise, seed, noise_weight, channel_bias, *ctx.call = inputs
-    _y, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x, scale, mean, rstd, noise, seed, noise_weight, channel_bias)
+    _y, statistics = output
+    ctx.mark_non_differentiable(statistics)
+    ctx.save_for_backward(x, scale, statistics, noise, seed, noise_weight, channel_bias)
 
 
 def _gradient(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-    x, scale, mean, rstd, noise, seed, noise_weight, channel_bias = ctx.saved_tensors
+    x, scale, statistics, noise, seed, noise_weight, channel_bias = ctx.saved_tensors
     dtype = x.dtype
     if ctx.needs_input_grad[3]:  # its gradient is a sum over dx, which must not have been rounded
         grad, x = grad.to(noise.dtype), x.to(noise.dtype)
     dx, dscale, dbias, dweight, dchannel = backward(
-        grad, x, scale, mean, rstd, noise, seed, noise_weight, channel_bias, *ctx.call
+        grad, x, scale, statistics, noise, seed, noise_weight, channel_bias, *ctx.call
     )
     dnoise = _noise_gradient(noise, noise_weight, dx) if ctx.needs_input_grad[3] else None
     dx = dx.to(dtype)
@@ -105,20 +101,20 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _gradient_of_backward(ctx: Any, v: Tensor, *v_planes: Tensor) -> tuple[Any, ...]:
     tensors = ctx.saved_tensors
-    noise, noise_weight, dtype = tensors[5], tensors[7], tensors[1].dtype
-    if ctx.needs_input_grad[5]:
+    noise, noise_weight, dtype = tensors[4], tensors[6], tensors[1].dtype
+    if ctx.needs_input_grad[4]:
         v, grad, x = (t.to(noise.dtype) for t in (v, *tensors[:2]))
         tensors = grad, x, *tensors[2:]
     grad_grad, grad_x, grad_scale, grad_weight, grad_channel = double_backward(v, *v_planes, *tensors, *ctx.call)
     grad_noise = None
-    if ctx.needs_input_grad[5]:
+    if ctx.needs_input_grad[4]:
         # It is in u, and in dnoise_weight, the sum of dx noise.
         dx = backward(*tensors, *ctx.call)[0]
         grad_noise = _noise_gradient(noise, noise_weight, grad_x) + _noise_gradient(noise, v_planes[2], dx)
-    grad_weight = grad_weight.sum(0) if ctx.needs_input_grad[7] else None
-    grad_channel = grad_channel.sum(0) if ctx.needs_input_grad[8] else None
+    grad_weight = grad_weight.sum(0) if ctx.needs_input_grad[6] else None
+    grad_channel = grad_channel.sum(0) if ctx.needs_input_grad[7] else None
     grad_grad, grad_x = grad_grad.to(dtype), grad_x.to(dtype)
-    return grad_grad, grad_x, grad_scale, None, None, grad_noise, None, grad_weight, grad_channel, None, None, None
+    return grad_grad, grad_x, grad_scale, None, grad_noise, None, grad_weight, grad_channel, None, None, None
 
 
 def _save_double_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -133,7 +129,7 @@ def _gradient_of_double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
 
     _backends.warn_once("adain", "takes third derivatives from the reference")
     slope, eps = ctx.call
-    *tensors, _mean, _rstd, noise, seed, noise_weight, channel_bias = ctx.saved_tensors
+    *tensors, _statistics, noise, seed, noise_weight, channel_bias = ctx.saved_tensors
     x = tensors[6]
     higher = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -162,20 +158,7 @@ def _gradient_of_double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         third = iter(torch.autograd.grad(second, wanted, grads, allow_unused=True, create_graph=higher))
     found = [None if t is None else next(third) for t in own]
     *of_tensors, of_noise, of_weight, of_channel = found
-    return *of_tensors, None, None, of_noise, None, of_weight, of_channel, None, None, None
-
-
-def _save_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, *ctx.call = inputs
-    ctx.save_for_backward(x)
-
-
-def _gradient_of_statistics(ctx: Any, grad_mean: Tensor, grad_deviation: Tensor) -> tuple[Any, ...]:
-    """``(grad_mean + grad_deviation (x - mean) / deviation) / pixels`` is AdaIN of x itself."""
-    (x,) = ctx.saved_tensors
-    pixels = x[0, 0].numel() if x.shape[0] * x.shape[1] else 1
-    scale, bias = grad_deviation / pixels, grad_mean / pixels
-    return forward(x, scale, bias, None, None, None, None, 1.0, *ctx.call)[0], None, None
+    return *of_tensors, None, of_noise, None, of_weight, of_channel, None, None, None
 
 
 # Noise is given, or drawn from the seed, int64 () on the device; noise_weight comes with either.
@@ -186,7 +169,7 @@ _CALL = f"{_PROLOGUE}, float eps, str backend"
 double_backward = register(
     "adain_double_backward",
     "(Tensor v, Tensor v_scale, Tensor v_bias, Tensor v_noise_weight, Tensor v_channel_bias, Tensor grad, Tensor x, "
-    f"Tensor scale, Tensor mean, Tensor rstd, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor scale, Tensor statistics, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     outputs=_second_gradients,
     kernels={"cpu": cpu.double_backward, "cuda": cuda.double_backward},
     save=_save_double_backward,
@@ -196,8 +179,7 @@ double_backward = register(
 # As above: x, scale, bias, noise_weight by plane, channel_bias by plane.
 backward = register(
     "adain_backward",
-    f"(Tensor grad, Tensor x, Tensor scale, Tensor mean, Tensor rstd, {_CALL}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor grad, Tensor x, Tensor scale, Tensor statistics, {_CALL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     outputs=_gradients,
     kernels={"cpu": cpu.backward, "cuda": cuda.backward},
     save=_save_backward,
@@ -206,18 +188,9 @@ backward = register(
 
 forward = register(
     "adain",
-    f"(Tensor x, Tensor scale, Tensor bias, {_CALL}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor x, Tensor scale, Tensor bias, {_CALL}) -> (Tensor, Tensor)",
     outputs=_outputs,
     kernels={"cpu": cpu.forward, "cuda": cuda.forward},
     save=_save,
     gradient=_gradient,
-)
-
-statistics = register(
-    "adain_statistics",
-    "(Tensor x, float eps, str backend) -> (Tensor, Tensor)",
-    outputs=_statistics,
-    kernels={"cpu": cpu.statistics, "cuda": cuda.statistics},
-    save=_save_statistics,
-    gradient=_gradient_of_statistics,
 )

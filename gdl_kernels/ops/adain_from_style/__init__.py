@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..._arguments import check_planes, check_positive
-from ..adain.op import forward, statistics
 from . import op, reference
 
 
@@ -22,14 +21,23 @@ def adain_from_style(content: Tensor, style: Tensor, *, eps: float = 1e-5, backe
         backend: overrides the backend of this call.
 
     Returns:
-        A tensor like ``content``, as :func:`adain` gives it. Twice differentiable by kernels in ``content`` and
-        ``style``, and from the reference beyond; under ``torch.compile`` once.
+        A tensor like ``content``, as :func:`adain` gives it. For its gradient it keeps both images and four numbers a
+        plane. Twice differentiable by kernels in ``content`` and ``style``, and from the reference beyond; under
+        ``torch.compile`` once.
 
     Raises:
         ValueError: if images or channels differ in number, a plane is empty, or ``eps`` is not positive and finite.
         TypeError: if a tensor is not floating point, or the dtypes differ.
         RuntimeError: if ``backend`` was given and can't serve the call.
     """
+    chosen = _serving(backend, content, style, eps)
+    if chosen == "reference":
+        return reference.adain_from_style(content, style, eps)
+    return op.forward(content, style, eps, chosen)[0]
+
+
+@op.choices.serving
+def _serving(backend: str | None, content: Tensor, style: Tensor, eps: float) -> str:
     check_planes("content", content)
     check_planes("style", style)
     if style.dtype != content.dtype:
@@ -42,8 +50,4 @@ def adain_from_style(content: Tensor, style: Tensor, *, eps: float = 1e-5, backe
     if style.device != content.device:
         raise ValueError(f"style must be on the device of content, {content.device}, got {style.device}")
     check_positive("eps", eps)
-    chosen = op.choices.pick(content.device, backend, content, style, eps=eps)
-    if chosen == "reference":
-        return reference.adain_from_style(content, style, eps)
-    mean, deviation = statistics(style, eps, chosen)
-    return forward(content, deviation, mean, None, None, None, None, 1.0, eps, chosen)[0]
+    return op.choices.pick(content.device, backend, content, style, eps=eps)

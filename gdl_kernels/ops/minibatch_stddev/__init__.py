@@ -42,14 +42,14 @@ def minibatch_stddev(
         TypeError: if ``x`` is not floating point, or ``group_size`` or ``num_features`` is not an integer.
         RuntimeError: if ``backend`` was given and can't serve the call.
     """
-    _check(x, group_size, num_features, eps)
-    chosen = op.choices.pick(x.device, backend, x, group_size=group_size, num_features=num_features, eps=eps)
+    chosen = _serving(backend, x, group_size, num_features, eps)
     if chosen == "reference":
         return reference.minibatch_stddev(x, group_size, num_features, eps)
     return op.forward(x, group_size, num_features, eps, chosen)
 
 
-def _check(x: Tensor, group_size: int, num_features: int, eps: float) -> None:
+@op.choices.serving
+def _serving(backend: str | None, x: Tensor, group_size: int, num_features: int, eps: float) -> str:
     check_floating("x", x)
     if x.dim() < 2:
         raise ValueError(f"x must be (N, C, *spatial), got shape {tuple(x.shape)}")
@@ -70,3 +70,4 @@ def _check(x: Tensor, group_size: int, num_features: int, eps: float) -> None:
     if channels % num_features:
         raise ValueError(f"num_features must divide x's {channels} channels, got {num_features}")
     check_positive("eps", eps)
+    return op.choices.pick(x.device, backend, x, group_size=group_size, num_features=num_features, eps=eps)

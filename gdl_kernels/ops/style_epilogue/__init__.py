@@ -52,11 +52,7 @@ def style_epilogue(
         TypeError: if a tensor is not floating point, or wider than the sums.
         RuntimeError: if ``backend`` was given and can't serve the call.
     """
-    _check(x, scale, bias, noise, noise_weight, channel_bias, negative_slope, eps)
-    chosen = op.choices.pick(
-        x.device, backend, x, scale, bias, noise=noise, noise_weight=noise_weight, channel_bias=channel_bias,
-        negative_slope=negative_slope, eps=eps,
-    )  # fmt: skip
+    chosen = _serving(backend, x, scale, bias, noise, noise_weight, channel_bias, negative_slope, eps)
     seed = draw_seed(x.device) if noise is None and noise_weight is not None else None
     if chosen == "reference":
         if seed is not None:
@@ -70,10 +66,11 @@ def style_epilogue(
     return op.forward(x, scale, bias, noise, seed, noise_weight, channel_bias, negative_slope, eps, chosen)[0]
 
 
-def _check(
-    x: Tensor, scale: Tensor, bias: Tensor, noise: Tensor | None, noise_weight: Tensor | None,
+@op.choices.serving
+def _serving(
+    backend: str | None, x: Tensor, scale: Tensor, bias: Tensor, noise: Tensor | None, noise_weight: Tensor | None,
     channel_bias: Tensor | None, negative_slope: float, eps: float,
-) -> None:  # fmt: skip
+) -> str:  # fmt: skip
     check_planes("x", x)
     images, channels, *pixels = x.shape
     planes, per_channel = [(images, channels)], [(channels,)]
@@ -88,3 +85,7 @@ def _check(
             check_parameter(name, parameter, per_channel, x)
     check_finite("negative_slope", negative_slope)
     check_positive("eps", eps)
+    return op.choices.pick(
+        x.device, backend, x, scale, bias, noise=noise, noise_weight=noise_weight, channel_bias=channel_bias,
+        negative_slope=negative_slope, eps=eps,
+    )  # fmt: skip
