@@ -12,8 +12,9 @@ using namespace gdl;
 class Call {
  public:
   Call(const Tensor& query, const Tensor& value, double scale, int pool, const std::string& score, int threads)
-      : dtype(query.dtype_name()),
-        attention{query.size(0), query.size(1), value.size(1), query.size(2), query.size(3), pool, scale, score == "l2"} {
+      : dtype(query.dtype_name()) {
+    const bool l2 = score == "l2";
+    attention = {query.size(0), query.size(1), value.size(1), query.size(2), query.size(3), pool, scale, l2, threads};
     attention.threads = threads_for(attention.batch * attention.pixels() * attention.keys(), threads);
   }
 
@@ -27,7 +28,7 @@ class Call {
   void* contiguous(const Tensor& x) { return copies_.contiguous(x).data<void>(); }
 
   const std::string dtype;
-  MapAttention attention;
+  MapAttention attention{};
 
  private:
   std::deque<ImageReader> readers_;

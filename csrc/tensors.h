@@ -119,8 +119,8 @@ class Tensor {
   inline static const dlpack::ExchangeApi* api_ = nullptr;
 };
 
-// Tensors made for a kernel of others that don't lie as it reads them, kept while it runs. To be made and destroyed with
-// the GIL held.
+// Tensors made for a kernel of others that don't lie as it reads them, kept while it runs. To be made and destroyed
+// with the GIL held.
 class Copies {
  public:
   Tensor keep(pybind11::object made) {
