@@ -42,7 +42,8 @@ class Task:
         share: the error of outputs as a share of what is allowed, from these and what ``plain`` and ``truth`` give; it
             raises a ValueError if they are of another number, shape or dtype.
         flops: floating-point operations that one call needs, however many a contestant executes.
-        bytes: memory traffic that one call needs: each input read once, each output written once.
+        bytes: memory traffic that one call needs: each input read once, each output written once. Where more is needed
+            than can be told, as in a model, the part that can; 0 is none.
     """
 
     truth: Function
@@ -82,7 +83,8 @@ class Case:
         inputs: fresh random inputs, from a generator on ``device``.
         contestants: in the order in which they take turns.
         ceiling: what the machine itself can do; the rate in rows is a share of it.
-        growth: the name of the curve of which this case is one point, and its size there.
+        growth: the curve of which this case is one point, as "forward over pixels", and its size there. The cases of a
+            curve differ in that size and in nothing else.
         input_sets: calls go through this many sets of inputs in turn, so that none finds its inputs where the one
             before left them. More than three where three would stay in the caches.
     """
@@ -98,12 +100,26 @@ class Case:
     growth: tuple[str, int] | None = None
     input_sets: int = 3
 
+    def build(self) -> Case:
+        return self
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A case that has a name before it is built, for where building takes time: a model, a mask, a table."""
+
+    name: str
+    build: Callable[[], Case]
+
+
+Candidate = Case | Deferred
+
 
 class Benchmark(Protocol):
     """What the file of an op or a model offers."""
 
-    def cases(self, device: torch.device, quick: bool) -> Iterator[Case]:
-        """The cases one by one, each built when it is reached: only one case's tensors exist at a time."""
+    def cases(self, device: torch.device, quick: bool) -> Iterator[Candidate]:
+        """The cases one by one, named at next to no cost. Each is built when it is run: only one's tensors exist."""
 
     def bars(self, results: Sequence[Result]) -> list[Bar]:
         """What is asked, beside what was measured."""

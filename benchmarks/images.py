@@ -2,7 +2,7 @@
 
 A benchmark of such an op names the op once, and then gets a case for each shape, dtype and passes:
 
-    OP = ImageOp("adain", gdl_kernels.adain, reference.adain)
+    OP = ImageOp("adain", gdl_kernels.adain, reference.adain, operations=(6, 8))
 
     def cases(device, quick):
         for n, c, size in SIZES:
@@ -58,6 +58,9 @@ class ImageOp:
         name: of the public function.
         ours: the public function, or a call of it, of the inputs.
         reference: the same in plain PyTorch, of the same inputs in any dtype.
+        operations: of a forward and of a backward pass for each element of the image: additions and subtractions,
+            multiplications and comparisons, one each. Roots, divisions and what else is done once a plane, a pixel or a
+            group are left out, and in the backward pass what the forward pass can keep of that kind.
         explain: of the inputs; ``gdl_kernels.explain(name, *inputs)`` unless it is given.
         added_channels: by how many the output has more than the image.
     """
@@ -65,6 +68,7 @@ class ImageOp:
     name: str
     ours: Function
     reference: Function
+    operations: tuple[int, int]
     explain: Callable[..., Explanation] | None = None
     added_channels: int = 0
 
@@ -89,6 +93,7 @@ def case(
     drawn = [*shapes, output] if passes.backward else shapes
     read, written = math.fsum(map(math.prod, shapes)), math.prod(output)
     moved = passes.forward * (read + written) + passes.backward * (2 * read + written)
+    operations = passes.forward * op.operations[0] + passes.backward * op.operations[1]
     image = math.prod(shapes[0]) * dtype.itemsize
     input_sets = max(2, math.ceil(ROTATED_BYTES / image))
     contestants = [passes.contestant(EAGER, op.reference)]
@@ -106,10 +111,9 @@ def case(
         dtype=dtype,
         device=device,
         inputs=functools.partial(_inputs, drawn, dtype, channels_last),
-        task=Task(function, function, flops=0.0, bytes=moved * dtype.itemsize),
+        task=Task(function, function, flops=operations * math.prod(shapes[0]), bytes=moved * dtype.itemsize),
         contestants=contestants,
         ceiling=memory_copy(image, input_sets),
-        growth=(passes.name, math.prod(spatial)),
         input_sets=input_sets,
     )
 
@@ -136,12 +140,13 @@ def compiles(passes: Passes, quick: bool) -> bool:
 
 
 def is_of(result: Result, passes: Passes) -> bool:
-    return result.growth is not None and result.growth[0] == passes.name
+    return result.case.partition(", ")[0] == passes.name
 
 
 def pixels(result: Result) -> int:
-    assert result.growth is not None
-    return result.growth[1]
+    """Of an image, by the name that :func:`case` gives."""
+    _, _, *spatial = result.case.split(", ")[1].split("×")
+    return math.prod(map(int, spatial))
 
 
 def over(result: Result, rival: str, asked: float) -> Bar:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,8 +17,14 @@ def peak_growth(call: Callable[[], object], device: torch.device) -> int | None:
     On a GPU, what torch's allocator handed out. On the CPU, resident memory of the process, which also sees what
     native code allocates past torch: the kernel's high-water mark is reset first, and free memory that the C library
     holds is given back, so that reusing it counts. What a contestant keeps from one call to the next is not in it.
+
+    Python's collector of cycles rests meanwhile: what it found would be of before the call, and taken off its growth.
     """
-    gc.collect()
+    with _uncollected():
+        return _peak_growth(call, device)
+
+
+def _peak_growth(call: Callable[[], object], device: torch.device) -> int | None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -30,6 +37,17 @@ def peak_growth(call: Callable[[], object], device: torch.device) -> int | None:
     before = _resident("VmRSS")
     call()
     return max(0, _resident("VmHWM") - before)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _reset_high_water_mark() -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-Status = Literal["timed", "unavailable", "wrong"]
+Status = Literal["timed", "unavailable", "wrong", "failed"]
 
 
 @dataclass
@@ -17,6 +17,8 @@ class Row:
 
     Attributes:
         backend: which of ours served the call; empty for rivals.
+        status: ``unavailable`` is a rival that raises at once, and ours where no kernel serves; ``failed`` is what has
+            no time for any other exception, in the row's own code or in what it is checked against.
         reason: why the row has no time.
         error: the largest error against float64, as a share of what is allowed.
         samples_ms: milliseconds a call, one sample a round. Empty unless the status is ``timed``.
@@ -59,7 +61,11 @@ class Row:
 
 @dataclass
 class Result:
-    """One case of an op or a model, measured. ``ceiling`` took turns with ``rows``."""
+    """One case of an op or a model, measured. ``ceiling`` took turns with ``rows``.
+
+    Attributes:
+        failure: the exception that left the case without rows.
+    """
 
     op: str
     case: str
@@ -69,6 +75,11 @@ class Result:
     seed: int
     ceiling: Row
     rows: list[Row]
+    failure: str = ""
+
+    @classmethod
+    def failed(cls, op: str, case: str, failure: str) -> Result:
+        return cls(op, case, "", "", None, 0, Row("none", 0.0, 0.0), [], failure)
 
     def row(self, contestant: str) -> Row | None:
         return next((row for row in self.rows if row.contestant == contestant), None)

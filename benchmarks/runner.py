@@ -2,31 +2,59 @@
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from .cases import Case, Contestant, Inputs, Task
+from .cases import Candidate, Case, Contestant, Inputs, Task
 from .correctness import Outputs
 from .launches import launches
 from .memory import peak_growth
 from .results import Result, Row
 from .timing import Call, Plan, by_turns
 
+#: Of each task truth and plain, or which of them failed and how.
+Answers = dict[Task, tuple[Outputs, Outputs] | str]
 
-def run(op: str, case: Case, plan: Plan, say: Callable[[str], None] = lambda _: None) -> Result:
-    """Measure one case.
+
+def run(op: str, candidate: Candidate, plan: Plan, say: Callable[[str], None] = lambda _: None) -> Result:
+    """Build and measure one case.
 
     Every contestant first computes the first set of inputs, which is compared with float64 and compiles whatever
     compiles; then memory, and on a GPU what is launched, are measured over one call; those that were right are then
     timed by turns with the ceiling.
+
+    An exception ends the row that it is in, or the case where it is nobody's, and the result says so.
+
+    Raises:
+        ModuleNotFoundError: if building the case needs a package that is not installed.
     """
+    try:
+        return _measured(op, candidate.build(), plan, say)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:
+        return Result.failed(op, candidate.name, one_line(error))
+    finally:
+        torch.compiler.reset()  # or the next case's compiled rivals count as recompilations of this one's
+        gc.collect()  # what this case leaves in cycles may be gigabytes
+
+
+def one_line(error: Exception) -> str:
+    """Its type and message, as much of it as is read in a table."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" …")
+
+
+def _measured(op: str, case: Case, plan: Plan, say: Callable[[str], None]) -> Result:
     generator = torch.Generator(case.device)
     seed = generator.seed()
     sets = [case.inputs(generator) for _ in range(case.input_sets)]
-    answers: dict[Task, tuple[Outputs, Outputs]] = {}
+    answers: Answers = {}
     rows = []
     for contestant in case.contestants:
         say(f"{case.name}: checking {contestant.name}")
@@ -35,34 +63,75 @@ def run(op: str, case: Case, plan: Plan, say: Callable[[str], None] = lambda _: 
 
     ceiling = case.ceiling(case.dtype, case.device)
     top = Row(ceiling.name, ceiling.flops, ceiling.bytes)
-    calls: list[Call] = [lambda _: ceiling.call()]
-    timed = [top]
+    turns: list[tuple[Row, Call]] = []
     for contestant, row in zip(case.contestants, rows):
         if row.status == "timed":
-            calls.append(_rotating(contestant, sets))
-            timed.append(row)
-    if len(timed) > 1:
+            with _failing(row):
+                turns.append((row, _rotating(contestant, row, sets)))
+    if turns:
         ceiling.call()
-        say(f"{case.name}: timing {', '.join(row.contestant for row in timed)}")
-        for row, samples in zip(timed, by_turns(calls, plan, case.device)):
-            row.samples_ms = samples
-    torch.compiler.reset()  # or the next case's compiled rivals count as recompilations of this one's
+        say(f"{case.name}: timing {', '.join(row.contestant for row, _ in turns)}")
+        _time(top, lambda _: ceiling.call(), turns, plan, case.device)
     dtype = str(case.dtype).removeprefix("torch.")
     return Result(op, case.name, case.shape, dtype, case.growth, seed, top, rows)
 
 
-def _rotating(contestant: Contestant, sets: list[Inputs]) -> Call:
+def _time(top: Row, ceiling: Call, turns: list[tuple[Row, Call]], plan: Plan, device: torch.device) -> None:
+    """Fills in the samples. A contestant that raises leaves, and the others begin anew: a round is one of all."""
+    while turns:
+        try:
+            samples = by_turns([ceiling, *(call for _, call in turns)], plan, device)
+        except _Left:
+            turns = [(row, call) for row, call in turns if row.status == "timed"]
+        else:
+            for row, of_row in zip((top, *(row for row, _ in turns)), samples):
+                row.samples_ms = of_row
+            return
+
+
+class _Left(Exception):
+    """By a contestant, in the midst of a round."""
+
+
+@contextmanager
+def _failing(row: Row) -> Iterator[None]:
+    """An exception inside leaves the row without a time, and goes no further."""
+    try:
+        yield
+    except Exception as error:
+        row.status, row.reason = "failed", one_line(error)
+
+
+def _rotating(contestant: Contestant, row: Row, sets: list[Inputs]) -> Call:
     prepared = [_prepared(contestant, inputs) for inputs in sets]
-    return lambda i: contestant.function(*prepared[i % len(prepared)])
+
+    def call(i: int) -> object:
+        try:
+            return contestant.function(*prepared[i % len(prepared)])
+        except Exception as error:
+            row.status, row.reason = "failed", one_line(error)
+            raise _Left from error
+
+    return call
 
 
 def _prepared(contestant: Contestant, inputs: Inputs) -> Inputs:
     return inputs if contestant.setup is None else contestant.setup(*inputs)
 
 
-def _examine(contestant: Contestant, case: Case, inputs: Inputs, answers: dict[Task, tuple[Outputs, Outputs]]) -> Row:
+def _examine(contestant: Contestant, case: Case, inputs: Inputs, answers: Answers) -> Row:
     task = contestant.task or case.task
     row = Row(contestant.name, task.flops, task.bytes, yardstick=contestant.task is not None)
+    with _failing(row):
+        prepared = _right(row, contestant, task, inputs, answers)
+        if prepared is not None:
+            row.peak_bytes = peak_growth(lambda: contestant.function(*prepared), case.device)
+            row.launches = launches(lambda: contestant.function(*prepared), case.device)
+    return row
+
+
+def _right(row: Row, contestant: Contestant, task: Task, inputs: Inputs, answers: Answers) -> Inputs | None:
+    """What a contestant is called with, if it is there and right; else the row says why not."""
     if contestant.explain is not None:
         row.ours = True
         verdicts = contestant.explain(*inputs).verdicts
@@ -70,30 +139,41 @@ def _examine(contestant: Contestant, case: Case, inputs: Inputs, answers: dict[T
         if row.backend == "reference":
             others = "; ".join(f"{name}: {why}" for name, why in verdicts.items() if name != "reference")
             row.status, row.reason = "unavailable", f"reference would serve it ({others})"
-            return row
+            return None
     if task not in answers:
-        answers[task] = task.truth(*map(_double, inputs)), task.plain(*inputs)
-    truth, plain = answers[task]
+        answers[task] = _answer(task, inputs)
+    answer = answers[task]
+    if isinstance(answer, str):
+        row.status, row.reason = "failed", answer
+        return None
+    truth, plain = answer
     try:
         prepared = _prepared(contestant, inputs)
         outputs = plain if contestant.function is task.plain else _compared(task, contestant.function(*prepared))
-    except Exception as error:  # a rival may fail in any way; the row says how
-        row.status, row.reason = "wrong" if row.ours else "unavailable", f"{type(error).__name__}: {error}"
-        return row
+    except Exception as error:  # a rival may be unable to serve a call, in any way of its own
+        row.status, row.reason = "failed" if row.ours else "unavailable", one_line(error)
+        return None
     try:
         share = task.share(outputs, plain, truth)
     except ValueError as error:
         row.status, row.reason = "wrong", str(error)
-        return row
+        return None
     row.error = share if math.isfinite(share) else None  # JSON has no infinity
     # A rival has no such rule for its rounding: up to twice what ours is allowed, it is right.
     if share > (1 if row.ours else 2):
         row.status, row.reason = "wrong", f"its error against float64 is {share:.3g} times what is allowed"
-        return row
-    del outputs
-    row.peak_bytes = peak_growth(lambda: contestant.function(*prepared), case.device)
-    row.launches = launches(lambda: contestant.function(*prepared), case.device)
-    return row
+        return None
+    return prepared
+
+
+def _answer(task: Task, inputs: Inputs) -> tuple[Outputs, Outputs] | str:
+    what = "the truth"
+    try:
+        truth = task.truth(*map(_double, inputs))
+        what = "plain PyTorch"
+        return truth, task.plain(*inputs)
+    except Exception as error:
+        return f"{what}: {one_line(error)}"
 
 
 def _compared(task: Task, outputs: Outputs) -> Outputs:

@@ -28,8 +28,19 @@ def result_table(result: Result) -> Table:
     table.add_row(*_cells(result, result.ceiling)[:columns], style="dim", end_section=True)
     for row in result.rows:
         table.add_row(*_cells(result, row)[:columns], style="green" if row.ours else None)
-    table.caption = "\n".join(note for row in result.rows if (note := _note(row)))
+    notes = [note for row in result.rows if (note := _note(row))]
+    if result.failure:
+        notes.append(f"[red]failed: {escape(result.failure)}[/red]")
+    table.caption = "\n".join(notes)
     return table
+
+
+def failures(result: Result) -> list[str]:
+    """What raised where it should not have: the rows that failed, or the case."""
+    found = [f"{row.contestant}: {row.reason}" for row in result.rows if row.status == "failed"]
+    if result.failure:
+        found.append(result.failure)
+    return [f"{result.op}: {result.case}: {failure}" for failure in found]
 
 
 def bars_table(bars: Sequence[Bar]) -> Table:
@@ -99,8 +110,8 @@ def milliseconds(value: float) -> str:
 
 
 def _note(row: Row) -> str:
-    if row.status == "wrong":
-        return f"[red]{_name(row)}: wrong: {escape(row.reason)}[/red]"
+    if row.status in ("wrong", "failed"):
+        return f"[red]{_name(row)}: {row.status}: {escape(row.reason)}[/red]"
     if row.status == "unavailable":
         return f"{_name(row)}: not available: {escape(row.reason)}"
     return f"* {row.contestant}: a yardstick, it computes another function" if row.yardstick else ""

@@ -1,22 +1,15 @@
 // How bindings of the CPU's kernels read images (N, C, *spatial): as gdl_kernels/_images.py does for those of a GPU.
 #pragma once
 
-#include <algorithm>
 #include <optional>
 #include <vector>
 
 #include "bindings.h"
 #include "images.h"
 #include "tensors.h"
+#include "threads.h"
 
 namespace gdl {
-
-// Elements that are worth a thread; PyTorch's own grain.
-constexpr std::int64_t kGrain = 32768;
-
-inline int threads_for(std::int64_t elements, int available) {
-  return static_cast<int>(std::min<std::int64_t>(available, 1 + elements / kGrain));
-}
 
 // The images of a call, all of them in lines along the dimension along which one of them, the output as a rule, has its
 // own. Keeps the copies that it makes of others, and is itself to be made and destroyed with the GIL held.

@@ -1,6 +1,8 @@
-#include "bindings_cpu_images.h"
+#include "bindings.h"
 #include "cpu/dispatch.h"
 #include "cpu/positional_embedding.h"
+#include "tensors.h"
+#include "threads.h"
 
 namespace {
 

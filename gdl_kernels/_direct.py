@@ -11,7 +11,7 @@ which the CPU's kernels come: without them every call is the dispatcher's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -36,10 +36,28 @@ _NOTHING_ON = DispatchKeySet(DispatchKey.BackendSelect).raw_repr() | _NOT_IN_INF
 #: What the dispatcher leaves out of them in inference mode, and inside the kernel of an op, which gradients are above.
 _AUTOGRAD = DispatchKey.AutogradFunctionality
 
+_TENSORS = ("Tensor", "Optional[Tensor]")
 _TENSOR_LIST = "List[Tensor]"
 
-#: Verdicts of ``look``, in csrc/bindings_cpu_calls.cpp, on a call's arguments.
-_DISPATCH, _DIRECT, _WITH_GRADIENT = 0, 1, 2
+#: How a call goes: through the dispatcher, past it, or past it with a gradient, which tensors in lists may want too.
+DISPATCHED, DIRECT, DIRECT_WITH_GRADIENT, DIRECT_WITH_GRADIENT_IN_LISTS = range(4)
+
+_cpu, _ = _native.cpu()
+_look = _cpu.look if _cpu is not None else None
+
+
+class Op(Protocol):
+    """An op to be called with positional arguments.
+
+    Attributes:
+        dispatched: as torch knows it.
+        by: ``by(way, args)`` is the call whose way is known.
+    """
+
+    dispatched: torch._ops.OpOverload
+    by: Callable[[int, tuple[Any, ...]], Any]
+
+    def __call__(self, *args: Any) -> Any: ...
 
 
 def direct(
@@ -47,16 +65,13 @@ def direct(
     implementation: Callable[..., Any],
     save: Callable[..., Any] | None,
     gradient: Callable[..., Any] | None,
-) -> Callable[..., Any]:
-    """An op to be called with positional arguments: by its implementation where it can be, else as torch dispatches it.
+) -> Op:
+    """An op that is called by its implementation where it can be, else as torch dispatches it.
 
     Args:
         dispatched: the registered op.
         implementation: what computes it from the same arguments.
         save, gradient: as in :func:`gdl_kernels._registration.register`.
-
-    Returns:
-        The op; its attribute ``dispatched`` is the registered one.
     """
     schema = dispatched._schema
     types, outputs = ([str(t.type) for t in side] for side in (schema.arguments, schema.returns))
@@ -67,33 +82,46 @@ def direct(
         given = dispatched, implementation, save, gradient
         with_gradient_in_lists = _differentiable_with_lists(*given)
         with_gradient = with_gradient_in_lists if _TENSOR_LIST in outputs else _differentiable(*given)
-    native, _ = _native.cpu()
-    look = native.look if native is not None else None
 
-    def call(*args: Any) -> Any:
-        if _is_compiling():
-            return dispatched(*args)
-        if forward_ad._current_level >= 0:
-            _refuse_tangents(schema.name, args)
-        if (
-            look is None
-            or _included().raw_repr() | _NOT_IN_INFERENCE != _NOTHING_ON
-            or _function_mode_is_on()
-            or _profiler_is_on()
-        ):
-            return dispatched(*args)
-        verdict = look(args, _gradients_are_on())
-        if verdict == _DISPATCH:
+    def by(way: int, args: tuple[Any, ...]) -> Any:
+        if way == DISPATCHED:
             return dispatched(*args)
         for place in floats:
             if type(args[place]) is not float:  # the dispatcher too makes it one
                 args = (*args[:place], float(args[place]), *args[place + 1 :])
-        if verdict == _DIRECT or _excluded(_AUTOGRAD):
+        if way == DIRECT:
             return implementation(*args)
-        return with_gradient(*args) if verdict == _WITH_GRADIENT else with_gradient_in_lists(*args)
+        return with_gradient(*args) if way == DIRECT_WITH_GRADIENT else with_gradient_in_lists(*args)
 
-    call.dispatched = dispatched  # type: ignore[attr-defined]
-    return call
+    def call(*args: Any) -> Any:
+        return by(way_of(schema.name, args), args)
+
+    op = cast(Op, call)
+    op.dispatched, op.by = dispatched, by
+    return op
+
+
+def way_of(name: str, args: tuple[Any, ...]) -> int:
+    """How a call of an op goes with its arguments, the last of which is the backend's name.
+
+    If not through the dispatcher, nothing looks at what is done with them, and their memory is where the tensors are.
+
+    Raises:
+        NotImplementedError: if an argument has a tangent.
+    """
+    if _is_compiling():
+        return DISPATCHED
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(name, args)
+    if (
+        _look is None
+        or _included().raw_repr() | _NOT_IN_INFERENCE != _NOTHING_ON
+        or _function_mode_is_on()
+        or _profiler_is_on()
+    ):
+        return DISPATCHED
+    way: int = _look(args, _gradients_are_on())  # csrc/bindings_cpu_calls.cpp
+    return DIRECT if way > DIRECT and _excluded(_AUTOGRAD) else way
 
 
 def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
@@ -140,33 +168,45 @@ def _differentiable_with_lists(
     So lists are laid out flat, but for those of which nothing requires a gradient: autograd does not look into them.
     """
     schema = dispatched._schema
-    takes, gives = ([str(t.type) == _TENSOR_LIST for t in side] for side in (schema.arguments, schema.returns))
+    types = [str(t.type) for t in schema.arguments]
+    gives = [str(t.type) == _TENSOR_LIST for t in schema.returns]
 
-    def forward(ctx: Any, lists: _Lists, *flat: Any) -> tuple[Any, ...]:
-        args = _nested(flat, lists.args)
+    def forward(ctx: Any, lists: _Lists, args: tuple[Any, ...], *_flat: Any) -> tuple[Any, ...]:
         out = implementation(*args)
         save(ctx, args, out)
         flat_out, lists.outputs = _flattened(out if len(gives) > 1 else (out,), gives)
-        ctx.lists = lists
-        needed = zip(_nested(ctx.needs_input_grad[1:], lists.args), lists.unseen)
-        ctx.needs_input_grad = tuple([needs if count is None else [False] * count for needs, count in needed])
+        ctx.lists, ctx.needs_input_grad = lists, lists.needed
         return tuple(flat_out)
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        lists = ctx.lists
-        found = gradient(ctx, *_nested(grads, lists.outputs))
-        found = found if len(takes) > 1 else (found,)
-        found = [grad if count is None else None for grad, count in zip(found, lists.unseen)]
-        return None, *_flattened(found, [length is not None for length in lists.args])[0]
+        found = gradient(ctx, *_nested(grads, ctx.lists.outputs))
+        flat: list[Any] = [None, None]
+        for grad, kind, length in zip(found if len(types) > 1 else (found,), types, ctx.lists.args):
+            if length is None:
+                flat.append(None if kind == _TENSOR_LIST else grad)
+            else:
+                flat += grad
+        return tuple(flat)
 
     apply = _apply(dispatched, forward, backward)
 
     def call(*args: Any) -> Any:
         lists = _Lists()
-        seen = [is_list and any(t.requires_grad for t in arg) for arg, is_list in zip(args, takes)]
-        lists.unseen = [len(arg) if is_list and not flat else None for arg, is_list, flat in zip(args, takes, seen)]
-        flat_args, lists.args = _flattened(args, seen)
-        out = _nested(apply(lists, *flat_args), lists.outputs)
+        flat: list[Any] = []
+        for arg, kind in zip(args, types):
+            length = None
+            if kind == _TENSOR_LIST:
+                needed = [t.requires_grad for t in arg]
+                lists.needed.append(needed)
+                if True in needed:
+                    flat += arg
+                    length = len(arg)
+            else:
+                lists.needed.append(kind in _TENSORS and arg is not None and arg.requires_grad)
+            if length is None:
+                flat.append(arg)
+            lists.args.append(length)
+        out = _nested(apply(lists, args, *flat), lists.outputs)
         return out if len(gives) > 1 else out[0]
 
     return call
@@ -187,13 +227,15 @@ class _Lists:
 
     Attributes:
         args: of each argument how many tensors it is laid out as, None for one that is passed as it is.
-        unseen: of each list that autograd does not look into how many tensors it has, else None.
+        needed: of each argument whether it requires a gradient, of a list which of its tensors do.
         outputs: as ``args``, once the outputs are there.
     """
 
-    args: list[int | None]
-    unseen: list[int | None]
     outputs: list[int | None]
+
+    def __init__(self) -> None:
+        self.args: list[int | None] = []
+        self.needed: list[bool | list[bool]] = []
 
 
 def _flattened(values: Sequence[Any], lists: Sequence[bool]) -> tuple[list[Any], list[int | None]]:

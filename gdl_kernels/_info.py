@@ -79,8 +79,11 @@ def _tuned_state(capability: int) -> str:
         return str(error)
     if table is None:
         return "no table: every Triton launcher chooses for itself (python -m benchmarks tune measures and writes one)"
-    about = table.about
-    return f"{len(table.rows)} kernels, on {about['gpu']}, {about['date'][:10]}, commit {str(about['commit'])[:9]}"
+    runs: dict[str, list[str]] = {}
+    for op, about in table.about.items():
+        run = f"on {about['gpu']}, {about['date'][:10]}, commit {str(about['commit'])[:9]}"
+        runs.setdefault(run, []).append(f"{op} {sum(key[0] == op for key in table.rows)}")
+    return "; ".join(f"rows: {', '.join(ops)}, {run}" for run, ops in runs.items())
 
 
 def _native_state(name: str) -> str:

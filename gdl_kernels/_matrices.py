@@ -8,8 +8,9 @@ shape padded with zeros, and go through one batched product; large ones fill the
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,11 +29,6 @@ UNDIVIDED = 96
 DIVIDED = 384
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What products of a dtype are summed in."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _memory_order(weight: Tensor) -> list[int]:
     """The dimensions after the first, from the farthest apart in memory to the nearest."""
     return sorted(range(1, weight.dim()), key=lambda d: weight.stride(d), reverse=True)
@@ -40,6 +36,8 @@ def _memory_order(weight: Tensor) -> list[int]:
 
 def empty_like(weight: Tensor) -> Tensor:
     """Memory for an output like ``weight``: dense, its dimensions after the first in the order in which they lie."""
+    if weight.is_contiguous():
+        return torch.empty_like(weight)
     strides, step = [1] * weight.dim(), 1
     for d in [*reversed(_memory_order(weight)), 0]:
         strides[d], step = step, step * weight.shape[d]
@@ -144,29 +142,38 @@ def name_not_finite(weights: Sequence[Tensor], indices: Sequence[int]) -> None:
             )
 
 
-def check_weights(weights: object, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """The list of weights that an op was given.
+def listed(weights: object) -> Sequence[Any]:
+    """What an op was given for its weights, to be looked at more than once.
 
     Raises:
-        TypeError: if it is no sequence of floating-point tensors of one dtype.
-        ValueError: if it is empty, or a weight has fewer than two dimensions, or is on another device than the first.
+        TypeError: if it is no sequence of anything.
     """
-    if isinstance(weights, Tensor) or not hasattr(weights, "__iter__"):
+    if isinstance(weights, (list, tuple)):
+        return weights
+    if isinstance(weights, Tensor) or not isinstance(weights, Iterable):
         raise TypeError(f"weights must be a sequence of tensors, got {type(weights).__name__}")
-    checked = list(weights)
-    if not checked:
+    return list(weights)
+
+
+def check_weights(weights: Sequence[Any], dtypes: Sequence[torch.dtype]) -> None:
+    """Check the list of weights that an op was given.
+
+    Raises:
+        TypeError: if they are not floating-point tensors of one dtype.
+        ValueError: if there are none, or one has fewer than two dimensions, or is on another device than the first.
+    """
+    if not weights:
         raise ValueError("weights must hold at least one tensor, got none")
-    for i, weight in enumerate(checked):
+    for i, weight in enumerate(weights):
         if not isinstance(weight, Tensor):
             raise TypeError(f"weights[{i}] must be a tensor, got {type(weight).__name__}")
         if weight.dtype not in dtypes:
             raise TypeError(f"weights[{i}] must be float32, float16, bfloat16 or float64, got {weight.dtype}")
         if weight.dim() < 2:
             raise ValueError(f"weights[{i}] must have two dimensions or more, got shape {tuple(weight.shape)}")
-        if weight.dtype != checked[0].dtype:
-            raise TypeError(f"weights[{i}] must have the dtype of weights[0], {checked[0].dtype}, got {weight.dtype}")
-        if weight.device != checked[0].device:
+        if weight.dtype != weights[0].dtype:
+            raise TypeError(f"weights[{i}] must have the dtype of weights[0], {weights[0].dtype}, got {weight.dtype}")
+        if weight.device != weights[0].device:
             raise ValueError(
-                f"weights[{i}] must be on the device of weights[0], {checked[0].device}, got {weight.device}"
+                f"weights[{i}] must be on the device of weights[0], {weights[0].device}, got {weight.device}"
             )
-    return checked

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._direct import direct
+from ._direct import Op, direct
 
 _library = torch.library.Library("gdl_kernels", "DEF")
 
@@ -30,7 +30,7 @@ def register(
     kernels: Mapping[str, Kernel],
     save: Callable[..., None] | None = None,
     gradient: Callable[..., Any] | None = None,
-) -> Callable[..., Any]:
+) -> Op:
     """Define one op, ``torch.ops.gdl_kernels.<name>``, whose last argument is the backend's name.
 
     Args:

@@ -148,7 +148,12 @@ def test_forward_mode_is_refused_and_not_taken_for_a_constant() -> None:
         torch.func.jvp(gdl.pixel_norm, (x,), (tangent,))
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x, tangent)
-        for takes_dual in (gdl.pixel_norm, lambda x: gdl.orthogonalize([x[0, 0]], steps=1)):
+        us, vs = [torch.ones(4)], [torch.ones(5)]
+        for takes_dual in (
+            gdl.pixel_norm,
+            lambda x: gdl.orthogonalize([x[0, 0]], steps=1),
+            lambda x: gdl.spectral_normalize([x[0, 0]], us, vs),
+        ):
             with pytest.raises(NotImplementedError, match="backend='reference'"):
                 takes_dual(dual)
         assert torch.equal(gdl.pixel_norm(x), gdl.pixel_norm(x.clone()))  # has no tangent

@@ -11,16 +11,27 @@ import torch
 from setuptools.dist import Distribution
 
 from gdl_kernels import _info, _tuned
-from gdl_kernels._tuned import Tiles
 
+TILES = {"own": 32, "step": 128, "num_stages": 2, "num_warps": 2}
 ROW = {
-    "op": "sparse_attention", "kernel": "forward", "head_dim": 64, "block_size": 64, "itemsize": 2, "dropout": 0,
-    "own": 32, "step": 128, "num_stages": 2, "num_warps": 2,
+    "kernel": "forward", "key": {"head_dim": 64, "block_size": 64, "itemsize": 2, "dropout": 0}, "config": TILES,
 }  # fmt: skip
-TABLE = {
-    "schema": 1, "gpu": "Some GPU", "versions": {}, "commit": "0123456789ab", "modified": False,
-    "date": "2026-01-02T03:04:05+00:00", "rows": [ROW],
+ABOUT = {
+    "gpu": "Some GPU", "versions": {}, "commit": "0123456789ab", "modified": False, "date": "2026-01-02T03:04:05+00:00",
 }  # fmt: skip
+
+
+def table(*rows: Any, op: str = "sparse_attention", **more: Any) -> dict[str, Any]:
+    return {"schema": 2, "ops": {op: {**ABOUT, "rows": list(rows)}, **more}}
+
+
+def changed(**parts: Any) -> dict[str, Any]:
+    """The row with other values, of its config, key or itself."""
+    return {
+        "kernel": parts.get("kernel", ROW["kernel"]),
+        "key": {name: parts.get(name, value) for name, value in ROW["key"].items()},
+        "config": {name: parts.get(name, value) for name, value in TILES.items()},
+    }
 
 
 def written(folder: Path, content: Any) -> Path:
@@ -29,17 +40,23 @@ def written(folder: Path, content: Any) -> Path:
     return path
 
 
+def looked_up(capability: int, op: str, kernel: str, *key: int) -> _tuned.Config | None:
+    built_in: _tuned.Config = {}
+    found = _tuned.configuration(capability, op, kernel, key, built_in)
+    return None if found is built_in else found
+
+
 def test_a_row_is_for_one_kernel_at_one_key(tmp_path: Path) -> None:
-    other = {"op": "minibatch_self_attention", "kernel": "double_rows", "channels": 128, "itemsize": 4}
-    table = _tuned.read(written(tmp_path, TABLE | {"rows": [ROW, {**ROW, **other}]}))
-    with _tuned.using(table):
-        assert _tuned.tiles(90, "sparse_attention", "forward", 64, 64, 2, 0) == Tiles(32, 128, 2, 2)
-        assert _tuned.tiles(90, "minibatch_self_attention", "double_rows", 128, 4) == Tiles(32, 128, 2, 2)
-        assert _tuned.tiles(90, "sparse_attention", "grad_query", 64, 64, 2, 0) is None
+    other = {"kernel": "double_rows", "key": {"channels": 128, "itemsize": 4}, "config": TILES}
+    content = table(ROW, minibatch_self_attention={**ABOUT, "rows": [other]})
+    with _tuned.using(_tuned.read(written(tmp_path, content))):
+        assert looked_up(90, "sparse_attention", "forward", 64, 64, 2, 0) == TILES
+        assert looked_up(90, "minibatch_self_attention", "double_rows", 128, 4) == TILES
+        assert looked_up(90, "sparse_attention", "grad_query", 64, 64, 2, 0) is None
         for key in ((128, 64, 2, 0), (64, 128, 2, 0), (64, 64, 4, 0), (64, 64, 2, 1)):
-            assert _tuned.tiles(90, "sparse_attention", "forward", *key) is None
+            assert looked_up(90, "sparse_attention", "forward", *key) is None
         with _tuned.using(None):
-            assert _tuned.tiles(90, "sparse_attention", "forward", 64, 64, 2, 0) is None
+            assert looked_up(90, "sparse_attention", "forward", 64, 64, 2, 0) is None
 
 
 @pytest.fixture
@@ -50,49 +67,60 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_launchers_take_what_the_package_ships_for_their_gpu_and_else_choose(folder: Path) -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
-    from gdl_kernels.ops.minibatch_self_attention.triton import launch as minibatch
-    from gdl_kernels.ops.sparse_attention.triton import launch as sparse
+def test_what_the_package_ships_is_for_its_gpu(folder: Path) -> None:
+    written(folder, table(ROW))
+    assert looked_up(90, "sparse_attention", "forward", 64, 64, 2, 0) == TILES
+    assert looked_up(80, "sparse_attention", "forward", 64, 64, 2, 0) is None
 
-    channels = {"op": "minibatch_self_attention", "channels": 64, "itemsize": 2}
-    written(folder, TABLE | {"rows": [ROW, {**ROW, **channels}]})
-    for capability, head_dim, kernel, tuned in (
-        (90, 64, "forward", True),
-        (90, 64, "grad_query", False),
-        (90, 128, "forward", False),
-        (80, 64, "forward", False),
-    ):
-        arguments = kernel, capability, head_dim, 64, 2, False
-        built_in = sparse.built_in_tiles(*arguments)
-        assert built_in != Tiles(32, 128, 2, 2)
-        assert sparse.tiles(*arguments) == (Tiles(32, 128, 2, 2) if tuned else built_in)
-        built_in = minibatch.built_in_tiles(kernel, head_dim, 2)
-        assert minibatch.tiles(kernel, capability, head_dim, 2) == (Tiles(32, 128, 2, 2) if tuned else built_in)
+
+def test_who_asks_is_told_the_launchers_own_choice() -> None:
+    seen: list[Any] = []
+    _tuned.observers.append(lambda key, built_in: seen.append((key, built_in)))
+    try:
+        with _tuned.using(_tuned.Table({}, {("some_op", "kernel", (3,)): {"own": 16}})):
+            assert _tuned.configuration(90, "some_op", "kernel", (3,), {"own": 32}) == {"own": 16}
+    finally:
+        _tuned.observers.pop()
+    assert seen == [(("some_op", "kernel", (3,)), {"own": 32})]
+
+
+def test_each_op_with_triton_kernels_says_what_a_table_may_set() -> None:
+    found = _tuned.tunables()
+    folders = {path.parent.name for path in Path(_tuned.__file__).parent.glob("ops/*/triton*")}
+    assert set(found) == folders
+    for kernels in found.values():
+        for tunable in kernels.values():
+            assert "num_warps" in tunable.choices
+            assert all(list(values) == sorted(set(values)) for values in tunable.choices.values())
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "not JSON"),
-        ([], "schema must be 1, got None"),
-        (TABLE | {"schema": 2}, "schema must be 1, got 2"),
-        ({name: TABLE[name] for name in TABLE if name != "commit"}, "must have commit"),
-        (TABLE | {"rows": [ROW, ROW]}, "row 2: is there twice"),
-        (TABLE | {"rows": [3]}, "row 1: must be an object, got 3"),
-        (TABLE | {"rows": [ROW | {"op": "adain"}]}, "row 1: op must be one of sparse_attention, .*, got 'adain'"),
-        (TABLE | {"rows": [ROW | {"kernel": "decode"}]}, "row 1: kernel must be one of forward, .*, got 'decode'"),
-        (TABLE | {"rows": [ROW | {"dropout": False}]}, "row 1: dropout must be a whole number, got False"),
-        (TABLE | {"rows": [ROW | {"step": 64.0}]}, "row 1: step must be a whole number, got 64.0"),
-        (TABLE | {"rows": [ROW | {"num_warps": 3}]}, "row 1: num_warps must be a power of two, got 3"),
-        (TABLE | {"rows": [ROW | {"num_stages": 0}]}, "row 1: num_stages must be positive, got 0"),
-        (TABLE | {"rows": [ROW | {"own": 128}]}, "row 1: own must be at most block_size, 64, got 128"),
+        ([], "schema must be 2, got None"),
+        (table() | {"schema": 1}, "schema must be 2, got 1"),
+        ({"schema": 2}, "ops must be an object, got None"),
+        (table(op="adain"), "ops must be of conditional_batch_norm, .*, got 'adain'"),
+        ({"schema": 2, "ops": {"sparse_attention": 3}}, "sparse_attention must have gpu, versions, .*, rows"),
+        ({"schema": 2, "ops": {"sparse_attention": ABOUT}}, "sparse_attention must have rows"),
+        (table(ROW, ROW), "row 2: is there twice"),
+        (table(3), "row 1: must be an object, got 3"),
+        (table(changed(kernel="gram")), "row 1: kernel must be one of forward, .*, got 'gram'"),
+        (table({"kernel": "forward", "key": {}}), "row 1: config must be an object, got None"),
+        (table({**ROW, "key": {"head_dim": 64}}), "row 1: key must have head_dim, block_size, .*, got head_dim"),
+        (table(changed(dropout=False)), "row 1: dropout must be a whole number, got False"),
+        (table({**ROW, "config": {**TILES, "tile": 3}}), "row 1: config has tile, must have own, step, "),
+        (table({**ROW, "config": {"own": 32}}), "row 1: step must be one of 16, 32, 64, 128, got None"),
+        (table(changed(step=64.0)), "row 1: step must be one of 16, 32, 64, 128, got 64.0"),
+        (table(changed(num_warps=3)), "row 1: num_warps must be one of 2, 4, 8, got 3"),
+        (table(changed(own=128)), "row 1: own must be at most 64, got 128"),
     ],
 )
 def test_what_is_no_table_is_refused_by_name(folder: Path, content: Any, message: str) -> None:
     path = written(folder, content)
     with pytest.raises(ValueError, match=f"{path}: .*{message}"):
-        _tuned.tiles(90, "sparse_attention", "forward", 64, 64, 2, 0)
+        looked_up(90, "sparse_attention", "forward", 64, 64, 2, 0)
 
 
 def test_info_tells_whether_a_table_serves(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,9 +130,13 @@ def test_info_tells_whether_a_table_serves(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: Gpu)
     assert "no table" in _info.collect()["tuned"]["sm_90"]
-    written(folder, TABLE)
+    later = {**ABOUT, "date": "2026-02-03T04:05:06+00:00", "rows": []}
+    written(folder, table(ROW, spectral_normalize=later))
     _tuned.shipped.cache_clear()
-    assert _info.collect()["tuned"] == {"sm_90": "1 kernels, on Some GPU, 2026-01-02, commit 012345678"}
+    assert _info.collect()["tuned"]["sm_90"] == (
+        "rows: sparse_attention 1, on Some GPU, 2026-01-02, commit 012345678; "
+        "rows: spectral_normalize 0, on Some GPU, 2026-02-03, commit 012345678"
+    )
     written(folder, "{")
     _tuned.shipped.cache_clear()
     assert "sm_90.json: not JSON" in _info.collect()["tuned"]["sm_90"]

@@ -143,8 +143,8 @@ class Results:
         return found
 
     def curve(self, result: Result) -> list[tuple[int, Result]]:
-        """The growth curve of which ``result`` is a point, by size; the first case of each size, as on the page."""
+        """The growth curve of which ``result`` is a point, by size, as on the page."""
         if result.growth is None:
             return []
         like = [r for r in self._by_name.values() if (r.op, r.dtype) == (result.op, result.dtype)]
-        return list({point[0]: point for point in reversed(curve(like, result.growth[0]))}.values())[::-1]
+        return curve(like, result.growth[0])

@@ -35,6 +35,30 @@ GROUPS = {
     "weights": (40, ("spectral_normalize", "orthogonal_regularization", "orthogonalize")),
 }
 
+#: The ops whose Triton kernels are tuned in the long form, each in a process of its own, and their share of the time:
+#: by how many kernels they have at how many keys, and how long those take to compile.
+TUNED = {
+    "sparse_attention": 800,
+    "minibatch_self_attention": 250,
+    "conditional_batch_norm": 350,
+    "minibatch_stddev": 150,
+    "positional_embedding": 80,
+    "spectral_normalize": 100,
+    "orthogonal_regularization": 100,
+}
+
+#: The models, which the long form measures as well, and what their data comes from.
+DATA = {
+    "musenet": ("music21",),
+    "transformer": ("music21",),
+    "bert": (),
+    "gpt2": (),
+    "progan": ("sklearn",),
+    "sagan": ("sklearn",),
+    "biggan": ("sklearn",),
+    "stylegan": ("sklearn",),
+}
+
 #: No step is begun with fewer seconds: torch alone takes some to start.
 LEAST = 15.0
 
@@ -88,10 +112,7 @@ def steps(results: Path, *, long: bool) -> list[Step]:
         tests(results / "tests.xml"),
         sanitizer("memcheck", 50, ("float32", "bfloat16")),
     ]
-    tuning = [
-        Step("tune", [PYTHON, "-m", "benchmarks", "tune"], 600, needs=(*COMMANDS, "triton"), takes_minutes=True),
-        verification("verify, tuned", 80),
-    ]
+    tuning = [*(tuner(op, share) for op, share in TUNED.items()), verification("verify, tuned", 80)]
     others = [
         sanitizer("racecheck", 25, ("bfloat16",)),
         # Uninitialised memory can't be seen in what poison has filled.
@@ -104,6 +125,11 @@ def steps(results: Path, *, long: bool) -> list[Step]:
 def verification(name: str, share: float) -> Step:
     command = [PYTHON, "-m", "gdl_kernels", "verify", "--jobs", str(JOBS)]
     return Step(name, command, share, reports.verified, needs=COMMANDS, least=60)
+
+
+def tuner(op: str, share: float) -> Step:
+    command = [PYTHON, "-m", "benchmarks", "tune", "--op", op]
+    return Step(f"tune {op}", command, share, needs=(*COMMANDS, "triton"), takes_minutes=True)
 
 
 def tests(report: Path) -> Step:
@@ -135,17 +161,22 @@ def sanitizer(tool: str, share: float, dtypes: Sequence[str], *options: str) -> 
 
 
 def benchmarks(results: Path, *, long: bool) -> list[Step]:
-    """A few cases of each op, or, in the long form, all; there they have most of the time."""
+    """A few cases of each op, or, in the long form, all of each op and model."""
     found = [
         _benchmark(group, [word for op in ops for word in ("--op", op)], results / f"{group}.json", share, long)
         for group, (share, ops) in GROUPS.items()
     ]
     if long:
-        found.append(_benchmark("musenet", ["--model", "musenet"], results / "musenet.json", 30, long))
+        found += [
+            _benchmark(model, ["--model", model], results / f"{model}.json", 12, long, (*MODELS, *data))
+            for model, data in DATA.items()
+        ]
     return found
 
 
-def _benchmark(name: str, what: list[str], run: Path, share: float, long: bool) -> Step:
+def _benchmark(
+    name: str, what: list[str], run: Path, share: float, long: bool, needs: Sequence[str] = COMMANDS
+) -> Step:
     command = [PYTHON, "-m", "benchmarks", *what, "--device", "cuda", *([] if long else ["--quick"])]
     return Step(
         f"benchmark {name}",
@@ -153,7 +184,7 @@ def _benchmark(name: str, what: list[str], run: Path, share: float, long: bool) 
         10 * share if long else share,
         lambda log: reports.measured(run),
         writes=run,
-        needs=COMMANDS,
+        needs=needs,
         takes_minutes=True,
     )
 
@@ -171,5 +202,5 @@ def _comparison(model: str, shape: str, found: Path) -> Step:
         lambda log: reports.compared(found),
         writes=found,
         least=30,
-        needs=(*MODELS, "music21" if model == "musenet" else "sklearn"),
+        needs=(*MODELS, *DATA[model]),
     )

@@ -11,7 +11,7 @@ from models.bert.model import Config, preset
 from models.compare import Problem
 
 from .. import model_cases
-from ..cases import Case
+from ..cases import Deferred
 from ..language import variant
 from ..results import Bar, Result
 
@@ -28,7 +28,7 @@ VARIANTS = (
 QUICK = (variant(_build, preset("tiny", context=256, attention={"pattern": "local", "window": 64})),)
 
 
-def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, quick: bool) -> Iterator[Deferred]:
     yield from model_cases.cases(QUICK if quick else VARIANTS, device, quick)
 
 

@@ -11,7 +11,7 @@ from models.biggan.config import BigganConfig
 from models.biggan.model import Biggan
 
 from .. import gans, model_cases
-from ..cases import Case
+from ..cases import Deferred
 from ..results import Bar, Result
 
 #: What ``python -m models compare biggan`` compares; and what ``train`` trains on digits unless it is told otherwise.
@@ -22,7 +22,7 @@ VARIANTS = (
 QUICK = (gans.variant(Biggan, DIGITS, 8),)
 
 
-def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, quick: bool) -> Iterator[Deferred]:
     yield from model_cases.cases(QUICK if quick else VARIANTS, device, quick)
 
 

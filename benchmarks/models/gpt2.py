@@ -11,7 +11,7 @@ from models.gpt2.comparison import bytes_of_text, problem
 from models.gpt2.model import Config, preset
 
 from .. import model_cases
-from ..cases import Case
+from ..cases import Deferred
 from ..language import variant
 from ..results import Bar, Result
 
@@ -32,7 +32,7 @@ QUICK = (
 )
 
 
-def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, quick: bool) -> Iterator[Deferred]:
     yield from model_cases.cases(QUICK if quick else VARIANTS, device, quick)
 
 

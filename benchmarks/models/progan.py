@@ -11,7 +11,7 @@ from models.progan.cli import TINY
 from models.progan.model import Progan
 
 from .. import gans, model_cases
-from ..cases import Case
+from ..cases import Deferred
 from ..results import Bar, Result
 
 #: What ``python -m models compare progan`` compares; and what ``train`` trains on digits unless it is told otherwise.
@@ -22,7 +22,7 @@ VARIANTS = (
 QUICK = (gans.variant(Progan, TINY, 8),)
 
 
-def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, quick: bool) -> Iterator[Deferred]:
     yield from model_cases.cases(QUICK if quick else VARIANTS, device, quick)
 
 

@@ -10,7 +10,7 @@ from models.sagan.cli import TINY
 from models.sagan.model import Sagan, SaganConfig
 
 from .. import gans, model_cases
-from ..cases import Case
+from ..cases import Deferred
 from ..results import Bar, Result
 
 #: What ``python -m models compare sagan`` compares; and what ``train`` trains on digits unless it is told otherwise.
@@ -21,7 +21,7 @@ VARIANTS = (
 QUICK = (gans.variant(Sagan, TINY, 8),)
 
 
-def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, quick: bool) -> Iterator[Deferred]:
     yield from model_cases.cases(QUICK if quick else VARIANTS, device, quick)
 
 

@@ -13,7 +13,7 @@ from models.transformer.harmony import VOCABULARY
 from models.transformer.model import Config
 
 from .. import model_cases
-from ..cases import Case
+from ..cases import Deferred
 from ..model_cases import Variant
 from ..results import Bar, Result
 
@@ -42,7 +42,7 @@ VARIANTS = (variant(layers=2, heads=8, width=512, batch=2, length=1024),)
 QUICK = (variant(layers=1, heads=4, width=64, batch=2, length=128),)
 
 
-def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, quick: bool) -> Iterator[Deferred]:
     yield from model_cases.cases(QUICK if quick else VARIANTS, device, quick)
 
 

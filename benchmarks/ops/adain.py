@@ -27,7 +27,10 @@ from ..images import (
 )
 from ..results import Bar, Result
 
-OP = ImageOp("adain", gdl_kernels.adain, lambda x, scale, bias: reference.adain(x, scale, bias, 1e-5))
+#: Forward: the mean (+), the squares of what is left (- * +), scale and bias (* +). Backward: the sum of the gradient
+#: (+), that of its product with what is left (- * +), and multiples of the gradient, of x and of 1 (* * + +).
+OPERATIONS = (6, 8)
+OP = ImageOp("adain", gdl_kernels.adain, lambda x, scale, bias: reference.adain(x, scale, bias, 1e-5), OPERATIONS)
 
 #: Images a GPU, and the channels at each size. An early layer is smaller than a cache, and measures what a call costs.
 IMAGES = 4

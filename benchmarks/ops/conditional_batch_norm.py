@@ -14,6 +14,7 @@ from gdl_kernels._backends import Explanation
 from ..cases import Case
 from ..images import BACKWARD, FORWARD, TRAINING, ImageOp, case, copies, is_of, pixels
 from ..results import Bar, Result
+from . import adain
 
 
 def ours(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
@@ -29,7 +30,8 @@ def batch_norm_then_gain_and_bias(x: Tensor, gain: Tensor, bias: Tensor) -> Tens
     return y * gain[..., None, None] + bias[..., None, None]
 
 
-OP = ImageOp("conditional_batch_norm", ours, batch_norm_then_gain_and_bias, explain)
+#: Adain's operations, with the statistics of a channel of all images.
+OP = ImageOp("conditional_batch_norm", ours, batch_norm_then_gain_and_bias, adain.OPERATIONS, explain)
 
 #: Images in a minibatch, channels, and how many pixels wide: BigGAN-128's generator at width 96, with as many images as
 #: fit in about 100 MB.

@@ -52,7 +52,8 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 CALL = functools.partial(gdl_kernels.minibatch_self_attention, pool=2)
 EXPLAIN = functools.partial(gdl_kernels.explain, "minibatch_self_attention", pool=2)
-OP = ImageOp("minibatch_self_attention", CALL, eager, explain=EXPLAIN)
+#: Its operations are those of its products, which are counted below.
+OP = ImageOp("minibatch_self_attention", CALL, eager, operations=(0, 0), explain=EXPLAIN)
 
 #: Batch, channels of query and of value, size of the map. A map of all pairs of the last is 256 MB in float32.
 SIZES = {

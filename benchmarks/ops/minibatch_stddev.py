@@ -14,10 +14,14 @@ from ..cases import COMPILED, EAGER, Case
 from ..images import BACKWARD, FORWARD, TRAINING, ImageOp, case, copies, is_of, over
 from ..results import Bar, Result
 
+#: Forward: the mean of a group (+), and the squares of what is left (- * +). Backward: these again, for what they give
+#: is as long as a quarter of the image, and the gradient and a multiple of what is left (* +).
+OPERATIONS = (4, 6)
 OP = ImageOp(
     "minibatch_stddev",
     gdl_kernels.minibatch_stddev,
     functools.partial(reference.minibatch_stddev, group_size=4, num_features=1, eps=1e-8),
+    OPERATIONS,
     added_channels=1,
 )
 

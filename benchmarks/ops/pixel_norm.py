@@ -14,7 +14,10 @@ from ..cases import COMPILED, EAGER, Case
 from ..images import BACKWARD, FORWARD, TRAINING, ImageOp, case, copies, is_of, over, pixels
 from ..results import Bar, Result
 
-OP = ImageOp("pixel_norm", gdl_kernels.pixel_norm, functools.partial(reference.pixel_norm, eps=1e-8))
+#: Forward: the sum of squares (* +), and the scaling (*). Backward: the sum of the gradient's product with x (* +), and
+#: multiples of both (* * +).
+OPERATIONS = (3, 5)
+OP = ImageOp("pixel_norm", gdl_kernels.pixel_norm, functools.partial(reference.pixel_norm, eps=1e-8), OPERATIONS)
 
 #: Images in a minibatch, channels, and how many pixels wide: after every convolution of the generator.
 SIZES = (

@@ -15,7 +15,7 @@ from torch import Tensor
 import gdl_kernels
 from gdl_kernels.ops.positional_embedding import reference
 
-from ..cases import COMPILED, EAGER, OURS, Case, Inputs, Task, short
+from ..cases import COMPILED, EAGER, OURS, Case, Deferred, Inputs, Task, short
 from ..ceilings import memory_copy
 from ..images import BACKWARD, FORWARD, ROTATED_BYTES, TRAINING, compiles, copies, is_of, over
 from ..passes import Passes
@@ -41,11 +41,16 @@ SIZES = (
 )
 
 
-def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, quick: bool) -> Iterator[Deferred]:
     for passes in (FORWARD, TRAINING) if quick else (FORWARD, BACKWARD, TRAINING):
         for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
             for size in SIZES[1:2] if quick else SIZES:
-                yield case(size, dtype, device, passes, quick=quick)
+                built = functools.partial(case, size, dtype, device, passes, quick=quick)
+                yield Deferred(_name(size, dtype, passes), built)
+
+
+def _name(size: Size, dtype: torch.dtype, passes: Passes) -> str:
+    return f"{passes.name}, {size.name}, {short(dtype)}"
 
 
 def case(size: Size, dtype: torch.dtype, device: torch.device, passes: Passes, *, quick: bool = False) -> Case:
@@ -71,17 +76,18 @@ def case(size: Size, dtype: torch.dtype, device: torch.device, passes: Passes, *
     output, table = (rows * size.columns * dtype.itemsize for rows in (tokens, size.rows))
     # Forward: a row is read and one written for each token. Backward: one is read, and the table's gradient written.
     moved = passes.forward * (2 * output + 8 * tokens) + passes.backward * (output + table + 8 * tokens)
+    # Forward: an element is scaled, and its sinusoid added. Backward: its gradient is scaled, and added to its row's.
+    operations = 2 * (passes.forward + passes.backward) * tokens * size.columns
     input_sets = max(2, math.ceil(ROTATED_BYTES / output))
     return Case(
-        name=f"{passes.name}, {size.name}, {short(dtype)}",
+        name=_name(size, dtype, passes),
         shape=f"B{size.batch} N{size.length} D{size.columns} V{size.rows}: {output / 1e6:.3g} MB out",
         dtype=dtype,
         device=device,
         inputs=functools.partial(_inputs, size, dtype, passes.backward),
-        task=Task(function, function, flops=0.0, bytes=moved),
+        task=Task(function, function, flops=operations, bytes=moved),
         contestants=contestants,
         ceiling=memory_copy(output, input_sets),
-        growth=(passes.name, tokens),
         input_sets=input_sets,
     )
 

@@ -14,14 +14,14 @@ from gdl_kernels._backends import Explanation
 from gdl_kernels.ops.spectral_normalize import reference
 
 from ..biggan import DISCRIMINATOR, GENERATOR, elements
-from ..cases import OURS, Case, Contestant, Inputs, Task
+from ..cases import OURS, Case, Contestant, Inputs, Task, short
 from ..ceilings import memory_copy
 from ..results import Bar, Result
 
 NETWORKS = {"G": GENERATOR, "D": DISCRIMINATOR}
 
 TORCH = "torch spectral_norm"
-FORWARD, TRAINING = "forward", "forward and backward"
+FORWARD, TRAINING = "forward", "forward+backward"
 
 #: Gets all of a network's weights, us and vs.
 Normalize = Callable[[list[Tensor], list[Tensor], list[Tensor]], list[Tensor]]
@@ -112,13 +112,15 @@ def case(network: str, mode: str, device: torch.device, dtype: torch.dtype) -> C
     size = count * dtype.itemsize
     # Forward: W is read for sigma and again to be divided. Backward: W and G are read for their inner product, and G
     # again. Each writes once.
+    # An element of W is, forward, in two products with vectors (* + * +), and divided; backward in the inner product
+    # (* +), and in (G - <G, W> u v^T) / sigma (* - /), where a row's factors are multiplied once.
     task = Task(
         problem.by_the_formula,
         problem.by_the_formula,
-        flops=(5 if mode == FORWARD else 11) * count,
+        flops=(5 if mode == FORWARD else 10) * count,
         bytes=(3 if mode == FORWARD else 7) * size,
     )
-    name = f"BigGAN-128 {network}, {mode}, {str(dtype).removeprefix('torch.')}"
+    name = f"BigGAN-128 {network}, {mode}, {short(dtype)}"
     contestants = [
         Contestant(TORCH, problem.by_torch, setup=problem.apart),
         Contestant(OURS, problem.by_ours, setup=problem.apart, explain=problem.explain),

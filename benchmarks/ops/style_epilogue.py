@@ -18,6 +18,7 @@ from ..cases import COMPILED, EAGER, OURS, Case, Contestant, Function, Inputs, T
 from ..ceilings import memory_copy
 from ..images import BACKWARD, FORWARD, ImageOp, case, is_of, over, pixels
 from ..results import Bar, Result
+from . import adain
 from .adain import CHANNELS, IMAGES, sizes
 
 #: All of StyleGAN-1024's layers: two at each size.
@@ -37,7 +38,10 @@ def _explain(x: Tensor, scale: Tensor, bias: Tensor, *_: Tensor) -> Explanation:
     return gdl_kernels.explain("style_epilogue", x, scale, bias)
 
 
-OP = ImageOp("style_epilogue", _ours, _plain, explain=_explain)
+#: Forward: noise (* +), bias (+), leaky ReLU (a comparison and *), then adain's. Backward: the first five again,
+#: adain's, the leaky ReLU's (*), and the sums for the gradients of bias (+), noise (* +) and its weight (* +).
+OPERATIONS = (5 + adain.OPERATIONS[0], 5 + adain.OPERATIONS[1] + 6)
+OP = ImageOp("style_epilogue", _ours, _plain, OPERATIONS, explain=_explain)
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
@@ -69,7 +73,7 @@ def synthesis(device: torch.device) -> Case:
     """Every epilogue of one pass of the generator. The two of a size read the same image, which fills the caches."""
     image = sum(map(math.prod, LAYERS))
     function = _layers(_plain)
-    task = Task(function, function, flops=0.0, bytes=2.0 * 2 * image * 4)
+    task = Task(function, function, flops=2.0 * image * OPERATIONS[0], bytes=2.0 * 2 * image * 4)
     return Case(
         name=f"{SYNTHESIS}, fp32",
         shape=f"{IMAGES} images, 4² to 1024², {2 * image * 4 / 1e6:.0f} MB read",

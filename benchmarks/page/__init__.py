@@ -57,6 +57,7 @@ def write(path: Path, runs: Sequence[tuple[str, Run]], pictures: Sequence[Path] 
         machines=list(dict.fromkeys(run["device"] for run in about)),
         cases=sum(run["cases"] for run in about),
         wrong=sum(run["wrong"] for run in about),
+        failed=sum(run["failed"] for run in about),
         quick=any(run["quick"] for run in about),
         speed_ups=speed_ups,
         widest=max((ratio for cases in speed_ups.values() for case in cases for _, ratio in case.rivals), default=2.0),
@@ -87,7 +88,13 @@ def _about(name: str, run: Run) -> dict[str, Any]:
         "quick": run["quick"],
         "cases": len(run["results"]),
         "wrong": sum(row["status"] == "wrong" for row in rows),
+        "failed": sum(row["status"] == "failed" for row in rows) + sum(map(_failed, run["results"])),
     }
+
+
+def _failed(result: Mapping[str, Any]) -> bool:
+    """Whether the case has no rows; what was kept of older runs doesn't say, for they ended there."""
+    return bool(result.get("failure"))
 
 
 def _by_op(runs: Sequence[tuple[str, Run]]) -> dict[str, list[SpeedUp]]:
@@ -103,7 +110,10 @@ def _speed_up(result: Mapping[str, Any]) -> SpeedUp:
     rivals.sort(key=lambda row: row["median_ms"])
     shown = rivals[:1] + [row for row in rivals[1:] if row["contestant"].startswith("eager")]
     if ours is None or ours["median_ms"] is None:
-        note = "not measured" if ours is None else f"{ours['status']}: {ours['reason']}"
+        if _failed(result):
+            note = f"failed: {result['failure']}"
+        else:
+            note = "not measured" if ours is None else f"{ours['status']}: {ours['reason']}"
         return SpeedUp(result["case"], result["shape"], None, "", None, [], note)
     by_bytes = result["ceiling"]["bytes"] > 0
     speed = bandwidth(ours["bytes_per_s"]) if by_bytes else rate(ours["flops_per_s"])

@@ -36,6 +36,7 @@ _STYLE: dict[Any, Any] = {
 _COLOURS = (
     "#1f5fa8", "#c8553d", "#588157", "#8e6bbf", "#b08900", "#4a7c8c", "#a0416d", "#6b705c", "#2a9d8f", "#7d4f2a"
 )  # fmt: skip
+_ROOF = "#333b44"
 _MARKERS = "osD^vP*Xhd"
 
 
@@ -53,7 +54,8 @@ def _svg(figure: Figure) -> str:
 def rooflines(runs: Sequence[Run]) -> list[str]:
     """One plot a machine: what ours reach, by the arithmetic that a byte of theirs needs, under the machine's roofs.
 
-    The roofs are the fastest copy and the fastest matrix products of the runs themselves.
+    The roofs are the fastest copy or read and the fastest matrix products of the runs themselves. What has no count of
+    operations or of bytes has no place there.
     """
     machines: dict[str, list[Run]] = {}
     for run in runs:
@@ -63,14 +65,15 @@ def rooflines(runs: Sequence[Run]) -> list[str]:
 
 def _roofline(machine: str, runs: Sequence[Run]) -> str | None:
     results = [result for run in runs for result in run["results"]]
-    copies: list[float] = []
+    memory: tuple[float, str] | None = None  # bytes a second, and whether a copy or a read had them
     products: dict[str, float] = {}
     for result in results:
         ceiling = result["ceiling"]
         if ceiling["median_ms"] is None:
             continue
         if ceiling["bytes"]:
-            copies.append(ceiling["bytes_per_s"])
+            found = ceiling["bytes_per_s"], ceiling["contestant"].partition(" ")[0]
+            memory = found if memory is None else max(memory, found)
         else:
             dtype = "float32" if "float32" in ceiling["contestant"] else result["dtype"]
             products[dtype] = max(products.get(dtype, 0.0), ceiling["flops_per_s"])
@@ -79,22 +82,26 @@ def _roofline(machine: str, runs: Sequence[Run]) -> str | None:
         row = next((row for row in result["rows"] if row["ours"] and row["median_ms"]), None)
         if row is not None and row["flops"] and row["bytes"]:
             points.setdefault(result["op"], []).append((row["flops"] / row["bytes"], row["flops_per_s"] / 1e9))
-    if not points or not products:
+    if not points:
         return None
-    least = min(x for of in points.values() for x, _ in of) / 2
-    most = max(x for of in points.values() for x, _ in of) * 2
+    intensities = [x for of in points.values() for x, _ in of]
+    least = min(intensities) / 2
+    knees = {dtype: max(least, peak / memory[0]) if memory else least for dtype, peak in products.items()}
+    most = 2 * max([*intensities, *knees.values()])
     with rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH, 3.6))
         axes = figure.add_subplot(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="GFLOP/s")
-        for dtype, peak in products.items():
-            bandwidth = max(copies) if copies else None
-            knee = peak / bandwidth if bandwidth else least
-            axes.plot([max(knee, least), most], [peak / 1e9] * 2, color="#333b44", linewidth=1.2)
-            axes.annotate(f"matrix product, {dtype}", (most, peak / 1e9), ha="right", va="bottom", fontsize=8)
-            if bandwidth and knee > least:
-                axes.plot([least, knee], [least * bandwidth / 1e9, peak / 1e9], color="#333b44", linewidth=1.2)
-        if copies:
-            axes.annotate("copy", (least, least * max(copies) / 1e9), ha="left", va="bottom", fontsize=8)
+        for dtype, knee in knees.items():
+            peak = products[dtype] / 1e9
+            axes.plot([knee, most], [peak, peak], color=_ROOF, linewidth=1.2)
+            axes.annotate(f"matrix product, {dtype}", (most, peak), ha="right", va="bottom", fontsize=8)
+        if memory:
+            bandwidth, kind = memory
+            end = max(knees.values(), default=most)
+            axes.plot([least, end], [least * bandwidth / 1e9, end * bandwidth / 1e9], color=_ROOF, linewidth=1.2)
+            axes.annotate(
+                kind, (least, least * bandwidth / 1e9), xytext=(0, 6), textcoords="offset points", ha="left", fontsize=8
+            )
         for i, (op, of) in enumerate(points.items()):
             x, y = zip(*of)
             axes.scatter(x, y, s=18, label=op, alpha=0.8, **_look(i))
@@ -104,17 +111,13 @@ def _roofline(machine: str, runs: Sequence[Run]) -> str | None:
 
 
 def growth(runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
-    """Each growth curve of each op and dtype: time and memory against size, with the exponents of their fits.
-
-    Of several cases of one size, as with another memory format, the first is shown.
-    """
+    """Each growth curve of each op and dtype: time and memory against size, with the exponents of their fits."""
     for run in runs:
         curves: dict[str, dict[int, Mapping[str, Any]]] = {}
         for result in run["results"]:
             if result["growth"]:
                 name, size = result["growth"]
-                curve = curves.setdefault(f"{result['op']}: {name}, {result['dtype']}", {})
-                curve.setdefault(size, result)
+                curves.setdefault(f"{result['op']}: {name}, {result['dtype']}", {})[size] = result
         for title, curve in curves.items():
             if len(curve) > 1:
                 yield title, _growth([curve[size] for size in sorted(curve)])
@@ -140,7 +143,7 @@ def _growth(results: Sequence[Mapping[str, Any]]) -> str:
                 fitted = name if power is None else f"{name}: n^{power:.2f}"
                 axes.plot(*zip(*points), markersize=4, linewidth=1.2, label=fitted, **_look(i))
             axes.legend(fontsize=8, frameon=False)
-        panels[1].set_xlabel("size")
+        panels[1].set_xlabel(results[0]["growth"][0].rpartition(" over ")[2])
         return _svg(figure)
 
 

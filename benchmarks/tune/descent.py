@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from gdl_kernels import _tuned
-from gdl_kernels._tuned import Tiles
-from gdl_kernels.ops.sparse_attention.triton import launch
+from gdl_kernels._tuned import Config, Tunable
 
 from ..correctness import Outputs, error_share
-from ..timing import Call, Plan, by_turns
-from .problems import ORDERS, Problem
+from .passes import Problem, launched
 
 #: Milliseconds of each call. All are timed in one run, so that they can be compared.
-Clock = Callable[[Sequence[Call]], list[float]]
+Clock = Callable[[Sequence[Callable[[], object]]], list[float]]
 
-PLAN = Plan(seconds=1, min_rounds=5, max_rounds=30)
+#: Rounds of turns go on until so many seconds have passed, within the two limits. A turn repeats its call until it is
+#: so long, or so often.
+SECONDS, MIN_ROUNDS, MAX_ROUNDS = 1.0, 5, 30
+TURN_MS, REPEATS = 5.0, 20
+
+#: Cycles that no GPU has more of in a second.
+CYCLES = 2.5e9
 
 #: A configuration takes another's place if it is faster by more than this, which two runs of one may differ by.
 LEAST_GAIN = 0.02
@@ -37,15 +41,50 @@ class Found:
         skipped: configurations that can't be used, and why.
     """
 
-    tiles: Tiles
+    config: Config
     ms: float
     built_in_ms: float
     tried: int
-    skipped: dict[Tiles, str]
+    skipped: list[tuple[Config, str]]
 
 
-def gpu_clock(calls: Sequence[Call]) -> list[float]:
-    return [statistics.median(samples) for samples in by_turns(calls, PLAN, torch.device("cuda"))]
+def gpu_clock(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """The median time of each call on the GPU alone: it first waits, for as long as the host needs to launch a turn.
+
+    Small kernels take less time than their launches do, and would all seem to take the same.
+    """
+    turns = [_turn(call) for call in calls]
+    samples: list[list[float]] = [[] for _ in turns]
+    begin = time.perf_counter()
+    for round_ in range(MAX_ROUNDS):
+        if round_ >= MIN_ROUNDS and time.perf_counter() - begin > SECONDS:
+            break
+        for turn, sample in zip(turns, samples):
+            sample.append(turn())
+    return [statistics.median(sample) for sample in samples]
+
+
+def _turn(call: Callable[[], object]) -> Callable[[], float]:
+    """What measures the milliseconds of a call that is warm, as long as a turn is."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    host_seconds = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    ms = _turn_ms(call, 1, host_seconds)
+    repeats = min(REPEATS, max(1, math.ceil(TURN_MS / max(ms, 1e-6))))
+    return lambda: _turn_ms(call, repeats, host_seconds)
+
+
+def _turn_ms(call: Callable[[], object], repeats: int, host_seconds: float) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(math.ceil(1.5 * repeats * host_seconds * CYCLES))
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / repeats
 
 
 def search(problem: Problem, clock: Clock) -> Found:
@@ -54,102 +93,83 @@ def search(problem: Problem, clock: Clock) -> Found:
     Raises:
         ValueError: if the launcher's own choice doesn't.
     """
-    try:
-        with _tuned.using(None):
-            run, plain, truth = problem.prepared()
-    except Exception as error:  # as below
-        raise ValueError(f"its own choice {_raised(error)}") from error
-    if why := _fault(problem, problem.built_in, run, plain, truth, spills=True):
-        raise ValueError(f"its own choice {list(problem.built_in)} {why}")
-    best, usable, skipped = problem.built_in, {problem.built_in}, dict[Tiles, str]()
+    why, allowed_spills = _fault(problem, problem.built_in, None)
+    if why:
+        raise ValueError(f"its own choice {dict(problem.built_in)} {why}")
+    tunable, key = problem.tunable, problem.named_key
+    best, usable = problem.built_in, [problem.built_in]
+    skipped: list[tuple[Config, str]] = []
     while True:
         fresh = []
-        for tiles in neighbours(best):
-            if not problem.allows(tiles) or tiles in usable or tiles in skipped:
+        for config in neighbours(tunable, best):
+            if tunable.fault(key, config) or config in usable or any(config == other for other, _ in skipped):
                 continue
-            if why := _fault(problem, tiles, run, plain, truth, spills=False):
-                skipped[tiles] = why
+            why, _ = _fault(problem, config, allowed_spills)
+            if why:
+                skipped.append((config, why))
             else:
-                usable.add(tiles)
-                fresh.append(tiles)
-        times = dict(zip([best, *fresh], clock([_with(problem, tiles, run) for tiles in [best, *fresh]])))
-        fastest = min(times, key=times.__getitem__)
-        if times[fastest] >= times[best] * (1 - LEAST_GAIN):
+                usable.append(config)
+                fresh.append(config)
+        timed = [best, *fresh]
+        times = clock([_with(problem, config) for config in timed])
+        fastest = min(range(len(timed)), key=times.__getitem__)
+        if times[fastest] >= times[0] * (1 - LEAST_GAIN):
             break
-        best = fastest
-    ms, built_in_ms = clock([_with(problem, tiles, run) for tiles in (best, problem.built_in)])
+        best = timed[fastest]
+    ms, built_in_ms = clock([_with(problem, config) for config in (best, problem.built_in)])
     if ms > built_in_ms:  # the steps' gains were noise
         best, ms = problem.built_in, built_in_ms
     return Found(best, ms, built_in_ms, len(usable), skipped)
 
 
-def neighbours(tiles: Tiles) -> Iterator[Tiles]:
-    """Half and twice of each number, of a program's own positions and warps together as well; a stage less and more."""
-    own, step, num_stages, num_warps = tiles
-    for less, more in ((1, 2), (2, 1)):
-        yield tiles._replace(own=own * more // less)
-        yield tiles._replace(step=step * more // less)
-        yield tiles._replace(num_warps=num_warps * more // less)
-        yield tiles._replace(own=own * more // less, num_warps=num_warps * more // less)
-    for stages in (num_stages - 1, num_stages + 1):
-        yield tiles._replace(num_stages=stages)
+def neighbours(tunable: Tunable, config: Config) -> Iterator[Config]:
+    """The next choice up and down of each number, and of the first, a tile's size, together with the warps."""
+    first = next(iter(tunable.choices))
+    moves = [(name,) for name in tunable.choices]
+    for names in [*moves, *([(first, "num_warps")] if first != "num_warps" else [])]:
+        for step in (-1, 1):
+            places = {name: tunable.choices[name].index(config[name]) + step for name in names}
+            if all(0 <= place < len(tunable.choices[name]) for name, place in places.items()):
+                yield {**config, **{name: tunable.choices[name][place] for name, place in places.items()}}
 
 
-def _with(problem: Problem, tiles: Tiles, run: Callable[[], Outputs]) -> Callable[[int], Outputs]:
-    table = _tuned.Table({}, {(problem.op, problem.kernel, problem.key): tiles})
+def _with(problem: Problem, config: Config) -> Callable[[], Outputs]:
+    table = _tuned.Table({}, {problem.key: config})
 
-    def call(_: int) -> Outputs:
+    def call() -> Outputs:
         with _tuned.using(table):
-            return run()
+            return problem.run()
 
     return call
 
 
-def _fault(
-    problem: Problem, tiles: Tiles, run: Callable[[], Outputs], plain: Outputs, truth: Outputs, *, spills: bool
-) -> str:
-    """Why a configuration can't be used; empty if it can.
+def _fault(problem: Problem, config: Config, allowed_spills: int | None) -> tuple[str, int]:
+    """Why a configuration can't be used, empty if it can; and how many registers the pass's kernels spill.
 
     Args:
-        spills: whether registers may spill.
+        allowed_spills: how many may; None for any number.
     """
     try:
-        with _launched() as kernels:
-            outputs = _with(problem, tiles, run)(0)
+        with launched() as kernels:
+            outputs = _with(problem, config)()
+        synchronize()
     except Exception as error:  # a compiler or driver may raise anything; the table says what
-        return _raised(error)
-    _synchronize()
-    spilled = max((kernel.n_spills for kernel in kernels if kernel.name == f"_{problem.kernel}"), default=0)
-    if spilled and not spills:
-        return f"spills {spilled} registers"
+        return raised(error), 0
+    spills = sum(kernel.n_spills for kernel in kernels)
+    if allowed_spills is not None and spills > allowed_spills:
+        return f"spills {spills} registers", spills
     # The terms of second derivatives cancel several times over, where plain PyTorch may be lucky.
-    share = error_share(outputs, plain, truth) / (2 if ORDERS[problem.kernel] == 2 else 1)
-    return "" if share <= 1 else f"is wrong: its error against float64 is {share:.3g} times what is allowed"
+    share = error_share(outputs, problem.plain, problem.truth) / (2 if problem.of.order == 2 else 1)
+    return "" if share <= 1 else f"is wrong: its error against float64 is {share:.3g} times what is allowed", spills
 
 
-def _raised(error: Exception) -> str:
+def raised(error: Exception) -> str:
     """An error in a line. Raises one itself where nothing can be launched any more."""
-    _synchronize()
+    synchronize()
     lines = str(error).strip().splitlines() or ["no message"]
     return f"raises {type(error).__name__}: {lines[-1]}"
 
 
-@contextmanager
-def _launched() -> Iterator[list[Any]]:
-    """The kernels that are launched meanwhile; none by the interpreter."""
-    kernels: list[Any] = []
-
-    def observe(kernel: Any) -> None:
-        if kernel is not None:
-            kernels.append(kernel)
-
-    launch.observers.append(observe)
-    try:
-        yield kernels
-    finally:
-        launch.observers.remove(observe)
-
-
-def _synchronize() -> None:
+def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

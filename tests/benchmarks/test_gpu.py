@@ -21,13 +21,14 @@ from typer.testing import CliRunner
 
 import benchmarks.__main__
 import gdl_kernels.__main__
-from benchmarks import ops, record
+from benchmarks import models, ops, record
 from benchmarks.gpu import __main__ as command_line
 from benchmarks.gpu import reports, running, steps
 from benchmarks.gpu.__main__ import main, run_all
 from benchmarks.gpu.ending import Outcome, aligned, speed_table
-from benchmarks.gpu.steps import GROUPS, LEAST, PUBLISHED, ROOT, Step
+from benchmarks.gpu.steps import DATA, GROUPS, LEAST, PUBLISHED, ROOT, TUNED, Step
 from benchmarks.results import Result, Row
+from gdl_kernels import _tuned
 from models.__main__ import application
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="would run the whole step here")
@@ -55,7 +56,8 @@ def test_each_comparison_is_a_command_that_lacks_nothing_but_a_gpu(model: str, t
 def test_each_benchmark_is_a_command_that_lacks_nothing_but_a_gpu(tmp_path: Path, long: bool) -> None:
     found = [step for step in steps.steps(tmp_path, long=long) if step.takes_minutes]
     measured = [f"benchmark {group}" for group in GROUPS]
-    assert [step.name for step in found] == (["tune", *measured, "benchmark musenet"] if long else measured)
+    tuned, models_ = [f"tune {op}" for op in TUNED], [f"benchmark {model}" for model in DATA]
+    assert [step.name for step in found] == ([*tuned, *measured, *models_] if long else measured)
     for step in found:
         _python, _m, module, *arguments = step.command
         assert module == "benchmarks"
@@ -77,6 +79,17 @@ def test_make_gpu_is_this_command(variables: list[str], options: list[str]) -> N
 
 def test_every_op_is_measured_once() -> None:
     assert sorted(op for _, group in GROUPS.values() for op in group) == benchmarks.__main__.names(ops)
+
+
+def test_every_model_is_measured_and_every_op_with_triton_kernels_tuned() -> None:
+    assert sorted(DATA) == benchmarks.__main__.names(models)
+    assert set(PUBLISHED) <= set(DATA)
+    assert sorted(TUNED) == sorted(_tuned.tunables())
+
+
+def test_in_the_long_form_no_step_may_take_most_of_the_time(tmp_path: Path) -> None:
+    planned = steps.steps(tmp_path, long=True)
+    assert max(step.share for step in planned) < sum(step.share for step in planned) / 4
 
 
 @pytest.mark.parametrize("name", ["verify", "memcheck", "racecheck", "initcheck"])
@@ -439,7 +452,9 @@ def test_from_the_command_to_its_tables(
     assert told["benchmark weights"].startswith("FAILED 0 s exit status 1: 3 cases")
     assert told["compare sagan"] == "not run needs no_such_module"
     assert told["sparse_attention"].startswith("growth 1 ms")  # the last of its cases
-    assert ("tune" in told) == ("verify, tuned" in told) == (results / "tuned_sm_90.json").exists() == long
+    for name in (*(f"tune {op}" for op in TUNED), "verify, tuned"):
+        assert (name in told) == long
+    assert (results / "tuned_sm_90.json").exists() == long
     recorded = json.loads((results / "checks.json").read_text())
     assert recorded["gpu"] == "Some GPU"
     assert len(recorded["steps"]) == len(list(steps.steps(results, long=long)))

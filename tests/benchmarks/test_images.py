@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import pytest
 import torch
@@ -27,7 +26,7 @@ from benchmarks.images import (
     is_of,
     over,
 )
-from benchmarks.ops import adain, minibatch_self_attention, minibatch_stddev, pixel_norm
+from benchmarks.ops import minibatch_stddev, pixel_norm
 from benchmarks.passes import Passes
 from benchmarks.results import Result, Row
 from benchmarks.runner import run
@@ -70,11 +69,13 @@ def test_a_case_end_to_end(op: ImageOp, passes: Passes, dtype: torch.dtype, chan
 
 
 def test_several_inputs_are_counted_and_differentiated() -> None:
-    op = ImageOp("scale", torch.mul, torch.mul, explain=lambda x, scale: gdl_kernels.explain("pixel_norm", x))
+    op = ImageOp("scale", torch.mul, torch.mul, (1, 3), explain=lambda x, scale: gdl_kernels.explain("pixel_norm", x))
     shapes = [(2, 3, 4), (1, 3, 1)]
-    for passes, elements in ((FORWARD, 24 + 3 + 24), (BACKWARD, 2 * (24 + 3) + 24), (TRAINING, 3 * 27 + 2 * 24)):
+    for passes, elements, operations in (
+        (FORWARD, 24 + 3 + 24, 1), (BACKWARD, 2 * (24 + 3) + 24, 3), (TRAINING, 3 * 27 + 2 * 24, 1 + 3)
+    ):  # fmt: skip
         built = case(op, shapes, torch.float32, CPU, passes)
-        assert built.task.bytes == 4 * elements
+        assert (built.task.flops, built.task.bytes) == (24 * operations, 4 * elements)
         result = _run(built)
         assert {row.status for row in result.rows} <= {"timed", "unavailable"}
     gradients = built.task.truth(*(t.double() for t in built.inputs(torch.Generator())))
@@ -82,7 +83,7 @@ def test_several_inputs_are_counted_and_differentiated() -> None:
 
 
 def test_an_output_with_more_channels() -> None:
-    op = ImageOp("twice", lambda x: torch.cat([x, x], 1), lambda x: torch.cat([x, x], 1), added_channels=3)
+    op = ImageOp("twice", lambda x: torch.cat([x, x], 1), lambda x: torch.cat([x, x], 1), (0, 1), added_channels=3)
     built = case(op, [(2, 3, 4)], torch.float32, CPU, TRAINING)
     assert built.inputs(torch.Generator())[1].shape == (2, 6, 4)
     assert built.task.bytes == 4 * (24 + 48 + 24 + 48 + 24)
@@ -107,7 +108,7 @@ def _result(passes: Passes, width: int, ours_ms: float, rival_ms: float) -> Resu
     rows = [Row(rival, 0.0, 200.0, samples_ms=[rival_ms]) for rival in (EAGER, COMPILED)]
     rows.append(Row(OURS, 0.0, 200.0, ours=True, samples_ms=[ours_ms]))
     ceiling = Row("copy", 0.0, 200.0, samples_ms=[1.0])
-    return Result("image", passes.name, "", "float32", (passes.name, width**2), 0, ceiling, rows)
+    return Result("image", f"{passes.name}, 8×16×{width}×{width}, fp32", "", "float32", None, 0, ceiling, rows)
 
 
 def test_bars() -> None:
@@ -132,12 +133,3 @@ def test_a_point_of_a_curve_is_ours_and_eager_and_no_bar_of_it_is_asked() -> Non
     assert [[row.contestant for row in result.rows] for result in results] == [[EAGER, OURS]] * 2
     assert [result.growth for result in results] == [("forward over batch", 1), ("forward over batch", 4)]
     assert not any(is_of(result, passes) for result in results for passes in (FORWARD, BACKWARD, TRAINING))
-
-
-@pytest.mark.parametrize(
-    "module", [adain, minibatch_self_attention, minibatch_stddev, pixel_norm], ids=lambda module: module.__name__
-)
-def test_names_are_unique(module: Any) -> None:
-    for quick in (False, True):
-        names = [built.name for built in module.cases(CPU, quick=quick)]
-        assert len(set(names)) == len(names) > 0

@@ -18,7 +18,7 @@ import benchmarks.ops
 import gdl_kernels
 from benchmarks import model_cases
 from benchmarks.__main__ import app
-from benchmarks.cases import Case
+from benchmarks.cases import Candidate
 from benchmarks.ceilings import Ceiling
 from benchmarks.language import variant
 from benchmarks.model_cases import COMPILED, EAGER, FORWARD, OURS, TRAINING, Trial, Variant, served
@@ -37,9 +37,10 @@ PLAN = Plan(seconds=0, min_rounds=2, max_rounds=2)
 MODELS = sorted(found.name for found in pkgutil.iter_modules(benchmarks.models.__path__) if found.name != "musenet")
 
 
-def _run(name: str, case: Case) -> Result:
+def _run(name: str, candidate: Candidate) -> Result:
     """Beside a ceiling that takes no time."""
-    low = Ceiling("add", lambda: torch.ones(8) + 1, 8.0)
+    low, case = Ceiling("add", lambda: torch.ones(8) + 1, 8.0), candidate.build()
+    assert case.name == candidate.name
     return run(name, dataclasses.replace(case, ceiling=lambda dtype, device: low), PLAN)
 
 
@@ -120,7 +121,7 @@ def test_every_call_begins_from_the_same_state() -> None:
     first, (loss, gradient) = trial.forward(), trial.training_step()
     before = trial.problem.model.weight.detach().clone()
     for _ in range(3):
-        (case_forward, case_training) = model_cases.cases([drifting()], CPU, quick=True)
+        (case_forward, case_training) = (c.build() for c in model_cases.cases([drifting()], CPU, quick=True))
         assert torch.equal(case_forward.contestants[-1].function(), first)
         again = case_training.contestants[-1].function()
         assert torch.equal(again[0], loss)
@@ -130,6 +131,20 @@ def test_every_call_begins_from_the_same_state() -> None:
     assert torch.equal(trial.problem.model.weight, before), "the step moved the weights"
     assert optimizer.state[trial.problem.model.weight]["exp_avg"].abs().max() > 0, "there was no step"
     assert trial.problem.model.weight.grad is None
+
+
+def test_a_model_is_built_when_the_first_of_its_cases_is_and_once() -> None:
+    def build(dtype: torch.dtype, device: str) -> Problem:
+        built.append(dtype)
+        return drifting().build(dtype, device)
+
+    built: list[torch.dtype] = []
+    forward, training = model_cases.cases([dataclasses.replace(drifting(), build=build)], CPU, quick=True)
+    assert [forward.name, training.name] == ["forward, 5, fp32", "training step, 5, fp32"]
+    assert built == []
+    forward.build()
+    training.build()
+    assert built == [torch.float32]
 
 
 def test_convolutions_are_in_float32_proper() -> None:
@@ -190,17 +205,19 @@ def _build(config: Config, dtype: torch.dtype, device: str) -> Problem:
 def test_operations_are_those_that_are_needed() -> None:
     n, width, layers = 64, 32, 2
     config = preset("tiny", vocabulary=256, context=n, heads=2, width=width, hidden=4 * width, layers=layers)
-    forward, training = model_cases.cases([variant(_build, config)], CPU, quick=True)
+    forward, training = (c.build() for c in model_cases.cases([variant(_build, config)], CPU, quick=True))
     # Four matrices of attention, two of the MLP, and the table of tokens; each pair is in two products.
     products = n * (layers * (4 + 8) * width**2 + 256 * width)
     pairs = layers * n * (n + 1) // 2 * width
     assert forward.task.flops == 2 * (products + 2 * pairs)
     assert training.task.flops == 2 * 3 * (products + 2 * pairs)
+    weights = layers * ((4 + 8) * width**2 + (4 + 4 + 1) * width + 2 * 2 * width) + (256 + n) * width + 2 * width
+    assert (forward.task.bytes, training.task.bytes) == (0, 24 * weights)
 
 
 def test_compiled_rivals_are_in_full_runs_only() -> None:
     names = [
-        [contestant.name for contestant in case.contestants]
+        [contestant.name for contestant in case.build().contestants]
         for quick in (True, False)
         for case in model_cases.cases([drifting()], CPU, quick)
     ]

@@ -65,7 +65,7 @@ def test_the_dense_cache_is_dense_attention(model: MuseNet) -> None:
 
 @pytest.mark.skipif(bool(_native.missing("cpu")), reason="ours would not be timed")
 def test_cases_are_right_at_a_small_size() -> None:
-    results = [run("musenet", decoding.case(MuseNet(TINY).eval(), 150), PLAN)]
+    results = [run("musenet", decoding.case(lambda: MuseNet(TINY).eval(), 150), PLAN)]
     results.append(run("musenet", training.case(dataclasses.replace(TINY, context=96), CPU), PLAN))
     for result in results:
         assert len(result.rows) == 4
@@ -93,8 +93,8 @@ def test_tokens_a_second_at_both_ends_are_told() -> None:
             Row(decoding.DENSE, 1, 1, yardstick=True, samples_ms=[dense] * 3),
             Row(decoding.OURS, 1, 1, ours=True, samples_ms=[ours] * 3),
         ]
-        growth = ("decoding, summary 32, fp32", positions)
-        name = f"{growth[0]}, {positions} positions"
+        growth = ("decoding, summary 32, fp32 over positions", positions)
+        name = f"decoding, summary 32, fp32, {positions} positions"
         return Result("musenet", name, "", "float32", growth, 0, Row("read", 0, 1), rows)
 
     found = {bar.claim: bar.measured for bar in bars([result(1024, 2.0, 3.0), result(16_384, 2.5, 10.0)])}

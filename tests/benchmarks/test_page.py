@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from benchmarks import record
 from benchmarks.__main__ import app
-from benchmarks.page import write
+from benchmarks.page import plots, write
 from benchmarks.results import Bar, Result, Row
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,8 @@ def a_result(size: int, *, status: Any = "timed") -> Result:
         Row("gdl_kernels", 1e8, 1e6, ours=True, status=status, reason="it is off",
             samples_ms=[0.5 * size] * 3 if status == "timed" else [], peak_bytes=2**20 * size),
     ]  # fmt: skip
-    return Result("sparse_attention", f"n {size} <b>&", f"1×{size}", "float32", ("forward", size), 1, top, rows)
+    growth = ("forward over batch", size)
+    return Result("sparse_attention", f"n {size} <b>&", f"1×{size}", "float32", growth, 1, top, rows)
 
 
 def a_run(**changes: Any) -> dict[str, Any]:
@@ -88,6 +89,8 @@ def test_what_it_says(page: Path) -> None:
     assert "torch.compile 8.00× eager 16.0×" in text  # the fastest rival first
     assert "n 1 <b>&" in text
     assert "n^1.00" in text  # the fitted growth
+    assert "sparse_attention: forward over batch, float32" in text
+    assert re.search(r"\bbatch\b(?!,)", text), "what the curve is over, below it"
     assert "matrix product, float32" in text
     assert "SDPA, dense" not in text.split("Growth")[1].split("Roofline")[0] or "SDPA, dense 1.00×" not in text
     for title in ("local", "strided", "fixed", "sliding with sinks"):
@@ -105,6 +108,17 @@ def test_what_is_wrong_has_no_time(tmp_path: Path) -> None:
     assert "Growth" not in text
 
 
+def test_what_failed_is_told(tmp_path: Path) -> None:
+    results = [a_result(1, status="failed"), Result.failed("adain", "forward", "MemoryError: all gone"), a_result(2)]
+    run = json.loads(json.dumps(record.document(results, [], torch.device("cpu"), quick=True)))
+    del run["results"][-1]["failure"]  # as in runs of before there was such a thing
+    write(tmp_path / "page.html", [("failed", run)])
+    text = " ".join(Outline((tmp_path / "page.html").read_text(encoding="utf-8")).text.split())
+    assert "2 of the rows or cases failed, and have no time." in text
+    assert "failed: it is off" in text
+    assert "adain forward failed: MemoryError: all gone" in text
+
+
 def test_a_model_is_told_like_an_op(tmp_path: Path) -> None:
     """By its name; in seconds it has no exponent, and without a size no curve."""
     rows = [
@@ -119,6 +133,33 @@ def test_a_model_is_told_like_an_op(tmp_path: Path) -> None:
     assert "sagan training step, 16×64×64, fp32 12,346 ms, 324 GFLOP/s, 65 % of the machine's" in text
     assert "8.5 M parameters eager 2.00×" in text
     assert "Growth" not in text
+
+
+def test_the_roofline_has_what_has_operations_and_bytes() -> None:
+    def of(op: str, top: Row, flops: float, moved: float) -> Result:
+        row = Row("gdl_kernels", flops, moved, ours=True, samples_ms=[1.0] * 3)
+        return Result(op, "forward", "", "float32", None, 1, top, [row])
+
+    copy = Row("copy of 1 MB", 0.0, 2e6, samples_ms=[0.1])
+    read = Row("read of 1 MB", 0.0, 1e6, samples_ms=[0.01])
+    product = Row("torch.mm 2048³, float32", 1e9, 0.0, samples_ms=[1.0])
+    results = [of("adain", copy, 6e6, 8e6), of("decode", read, 1e6, 1e6), of("bert", product, 1e9, 0.0)]
+
+    def text(*chosen: Result) -> str:
+        run = json.loads(json.dumps(record.document(chosen, [], torch.device("cpu"), quick=True)))
+        return "".join(f"{Outline(svg).text} " for svg in plots.rooflines([run]))
+
+    everything = text(*results)
+    assert "adain" in everything
+    assert "decode" in everything
+    assert "bert" not in everything, "its bytes are not known"
+    assert " read " in everything, "which is faster than the copy"
+    assert " copy " not in everything
+    assert "matrix product, float32" in everything
+    of_memory = text(results[0])
+    assert " copy " in of_memory
+    assert "matrix product" not in of_memory
+    assert text(results[2]) == ""
 
 
 def test_one_run_gives_one_page(tmp_path: Path, page: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import time
@@ -19,7 +20,7 @@ import benchmarks.__main__
 import benchmarks.ops
 from benchmarks import record
 from benchmarks.__main__ import app
-from benchmarks.cases import Case, Contestant, Task
+from benchmarks.cases import Case, Contestant, Deferred, Task
 from benchmarks.ceilings import Ceiling, matrix_product, memory_read
 from benchmarks.correctness import error_share
 from benchmarks.launches import launches
@@ -122,13 +123,83 @@ def test_reference_is_never_called_ours() -> None:
     assert "cpu: was not built" in row.reason
 
 
-def test_a_rival_that_raises_is_not_available_but_ours_is_wrong() -> None:
+def test_a_rival_that_raises_is_not_available_but_ours_has_failed() -> None:
     def broken(x: Tensor) -> Tensor:
-        raise RuntimeError("no such kernel")
+        raise RuntimeError("no such\n  kernel")
 
     rival, ours = run("tiny", _tiny(Contestant("rival", broken), dataclasses.replace(OURS, function=broken)), PLAN).rows
-    assert (rival.status, ours.status) == ("unavailable", "wrong")
-    assert rival.reason == ours.reason == "RuntimeError: no such kernel"
+    assert (rival.status, ours.status) == ("unavailable", "failed")
+    assert rival.reason == ours.reason == "RuntimeError: no such kernel", "on one line"
+
+
+def _raises(_: Any) -> Any:
+    raise MemoryError("all gone")
+
+
+@pytest.mark.parametrize(("broken", "which"), [("truth", "the truth"), ("plain", "plain PyTorch")])
+def test_where_truth_or_plain_pytorch_raises_nothing_that_needs_it_has_a_time(broken: str, which: str) -> None:
+    yardstick = Contestant("cube", lambda x: x**3, Task(lambda x: x**3, lambda x: x**3, flops=32.0, bytes=128.0))
+    case = _tiny(Contestant("eager", _square), yardstick, OURS)
+    task = dataclasses.replace(case.task, **{broken: _raises})
+    rows = run("tiny", dataclasses.replace(case, task=task), PLAN).rows
+    assert [row.status for row in rows] == ["failed", "timed", "failed"]
+    assert {row.reason for row in rows[::2]} == {f"{which}: MemoryError: all gone"}
+    assert not any(row.samples_ms for row in rows[::2])
+
+
+def test_a_truth_that_raises_is_asked_once() -> None:
+    asked = 0
+
+    def truth(x: Tensor) -> Tensor:
+        nonlocal asked
+        asked += 1
+        raise RuntimeError
+
+    case = _tiny(Contestant("eager", _square), OURS)
+    run("tiny", dataclasses.replace(case, task=dataclasses.replace(case.task, truth=truth)), PLAN)
+    assert asked == 1
+
+
+@pytest.mark.parametrize("at", [2, 3, 8])  # its memory is measured, another set's input is prepared, it is timed
+def test_a_contestant_that_raises_after_its_check_has_no_time_and_the_others_have(at: int) -> None:
+    def sometimes(x: Tensor) -> Tensor:
+        calls.append(x)
+        if len(calls) == at:
+            raise RuntimeError("sometimes")
+        return x * x
+
+    def prepared(x: Tensor) -> tuple[Tensor]:
+        if len(calls) == at - 1 == 2:
+            raise RuntimeError("sometimes")
+        return (x,)
+
+    calls: list[Tensor] = []
+    result = run("tiny", _tiny(Contestant("sometimes", sometimes, setup=prepared), OURS), PLAN)
+    broken, ours = result.rows
+    assert (broken.status, broken.reason, broken.samples_ms) == ("failed", "RuntimeError: sometimes", [])
+    assert ours.status == "timed"
+    assert len(ours.samples_ms) == len(result.ceiling.samples_ms) >= 2
+
+
+@pytest.mark.parametrize("what", ["inputs", "ceiling", "build"])
+def test_what_raises_in_nobodys_row_is_the_case_s_failure(what: str) -> None:
+    def gone(*_: Any) -> Any:
+        raise MemoryError("all gone")
+
+    candidate = Deferred("square", gone) if what == "build" else dataclasses.replace(_tiny(OURS), **{what: gone})
+    result = run("tiny", candidate, PLAN)
+    assert (result.case, result.failure, result.rows) == ("square", "MemoryError: all gone", [])
+    written = record.document([result], [], CPU, quick=True)["results"][0]
+    assert (written["failure"], written["rows"], written["ceiling"]["median_ms"]) == (result.failure, [], None)
+    assert "MemoryError: all gone" in str(result_table(result).caption)
+
+
+def test_an_interruption_is_no_failure() -> None:
+    def interrupted(x: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("tiny", _tiny(Contestant("rival", interrupted), OURS), PLAN)
 
 
 def test_a_yardstick_is_checked_against_its_own_task() -> None:
@@ -228,6 +299,32 @@ def test_peak_memory_sees_what_a_call_frees_again() -> None:
         if growth is None:
             pytest.skip("this system does not tell a process's peak memory")
         assert 47 << 20 <= growth <= 60 << 20
+
+
+def test_garbage_of_before_takes_nothing_off_a_call_s_memory() -> None:
+    """Memory held by a cycle, which Python's collector would free while the call runs."""
+
+    class Link:
+        def __init__(self) -> None:
+            self.held, self.itself = torch.ones(64 << 20, dtype=torch.uint8), self
+
+    def call() -> None:
+        gc.set_threshold(1)  # if it could, the collector would run now
+        kept = [[] for _ in range(100)]
+        torch.ones(48 << 20, dtype=torch.uint8)
+        kept.clear()
+
+    usual = gc.get_threshold()
+    gc.set_threshold(10**6)
+    Link()
+    try:
+        growth = peak_growth(call, CPU)
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*usual)
+    if growth is None:
+        pytest.skip("this system does not tell a process's peak memory")
+    assert growth >= 47 << 20
 
 
 def test_a_cpu_launches_nothing_and_its_table_has_no_such_column() -> None:
@@ -332,7 +429,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
 
 TINY_OP = """
 import torch
-from benchmarks.cases import Case, Contestant, Task
+from benchmarks.cases import Case, Contestant, Deferred, Task
 from benchmarks.ceilings import Ceiling
 from benchmarks.results import Bar
 from gdl_kernels._backends import Explanation
@@ -369,6 +466,29 @@ def test_the_command_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert [row["status"] for row in rows] == ["timed", "wrong" if wrong else "timed"]
 
 
+def test_a_run_goes_on_after_a_failure_and_tells_it_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = TINY_OP.replace("OFFSET", "0.0").replace("Task(square, square,", "Task(lambda x: x.no_such, square,")
+    unbuilt = broken.replace("    yield Case(", "    yield Deferred('square', lambda: 1 / 0) or Case(")
+    for name, text in (("a_broken", broken), ("b_unbuilt", unbuilt), ("c_right", TINY_OP.replace("OFFSET", "0.0"))):
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setattr(benchmarks.ops, "__path__", [str(tmp_path)])
+    path = tmp_path / "run.json"
+    arguments = ["--quick", "--device", "cpu", "--op", "a_broken", "--op", "b_unbuilt", "--op", "c_right"]
+    outcome = CliRunner().invoke(app, [*arguments, "--json", str(path)], env={"COLUMNS": "200"})
+    assert outcome.exit_code == 1, outcome.output
+    told = outcome.output[outcome.output.index("Asked and measured") :]
+    why = "AttributeError: 'Tensor' object has no attribute 'no_such'"
+    for line in (
+        f"Failed: a_broken: square: eager: the truth: {why}", f"Failed: a_broken: square: ours: the truth: {why}",
+        "Failed: b_unbuilt: square: ZeroDivisionError: division by zero",
+    ):  # fmt: skip
+        assert line in told
+    failed, unbuilt_result, right = json.loads(path.read_text())["results"]
+    assert [row["status"] for row in failed["rows"]] == ["failed", "failed"]
+    assert unbuilt_result["failure"] == "ZeroDivisionError: division by zero"
+    assert [row["status"] for row in right["rows"]] == ["timed", "timed"]
+
+
 TWO_CASES = (
     TINY_OP.replace("OFFSET", "0.0")
     .replace('Case("square"', "Case(name")
@@ -392,6 +512,15 @@ def test_cases_are_chosen_by_a_part_of_their_name(tmp_path: Path, monkeypatch: p
     outcome = CliRunner().invoke(app, [*command, "--case", "huge"], env={"COLUMNS": "200"})
     assert outcome.exit_code == 2
     assert "must be part of a case's name, got 'huge'" in outcome.output
+
+
+def test_a_case_that_is_not_chosen_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unbuilt = "      yield Deferred(name.replace('square', 'unbuilt'), lambda: 1 / 0)\n      yield"
+    (tmp_path / "deferred.py").write_text(TWO_CASES.replace("      yield", unbuilt))
+    monkeypatch.setattr(benchmarks.ops, "__path__", [*benchmarks.ops.__path__, str(tmp_path)])
+    for part, status in (("square", 0), ("unbuilt", 1), ("no such case", 2)):
+        outcome = CliRunner().invoke(app, ["--op", "deferred", "--quick", "--device", "cpu", "--case", part])
+        assert outcome.exit_code == status, outcome.output
 
 
 def test_the_run_is_written_after_every_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

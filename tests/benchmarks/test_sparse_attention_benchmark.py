@@ -113,7 +113,7 @@ def test_in_chunks_is_masked() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", [FORWARD, TRAINING, BACKWARD], ids=lambda mode: mode.name)
 def test_passes_end_to_end(dtype: torch.dtype, mode: Mode) -> None:
-    case = _quickly(sparse_attention.case(CPU, dtype, 64, mode, quick=False))
+    case = _quickly(sparse_attention.case(CPU, dtype, 64, mode, quick=False).build())
     result = _run(case)
     _timed(result)
     assert {row.contestant for row in result.rows if row.yardstick} == {SDPA}
@@ -126,7 +126,7 @@ def test_passes_end_to_end(dtype: torch.dtype, mode: Mode) -> None:
 
 @pytest.mark.parametrize("mode", [FORWARD, TRAINING], ids=lambda mode: mode.name)
 def test_dense_causal_is_measured_against_a_rival_and_no_yardstick(mode: Mode) -> None:
-    result = _run(_quickly(sparse_attention.dense_case(CPU, torch.float32, mode, 16, quick=True)))
+    result = _run(_quickly(sparse_attention.dense_case(CPU, torch.float32, mode, 16, quick=True).build()))
     _timed(result)
     assert not any(row.yardstick for row in result.rows)
     (bar,) = sparse_attention.bars([result])
@@ -137,27 +137,27 @@ def test_dense_causal_is_measured_against_a_rival_and_no_yardstick(mode: Mode) -
 @pytest.mark.parametrize("mode", [FORWARD, BACKWARD], ids=lambda mode: mode.name)
 def test_a_wrong_sparse_attention_has_no_time(mode: Mode) -> None:
     """Dense causal attention, passed off as the sparse one."""
-    case = sparse_attention.case(CPU, torch.bfloat16, 64, mode, quick=True)
+    case = sparse_attention.case(CPU, torch.bfloat16, 64, mode, quick=True).build()
     impostor = mode.contestant("impostor", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
     (row,) = _run(_quickly(case, impostor)).rows
     assert (row.status, row.samples_ms) == ("wrong", [])
 
 
 def test_operations_are_counted_over_kept_blocks() -> None:
-    case = sparse_attention.case(CPU, torch.float32, 64, FORWARD, quick=True)
+    case = sparse_attention.case(CPU, torch.float32, 64, FORWARD, quick=True).build()
     # Of its 8 block rows, row r keeps the three blocks that the last 128 keys lie in, and of the earlier every fourth.
     kept = sum(len({c for c in range(r + 1) if r - c <= 2 or (r - c) % 4 == 0}) for r in range(8))
     assert case.task.flops == 4 * 64**2 * 16 * kept * 2
-    backward = sparse_attention.case(CPU, torch.float32, 64, BACKWARD, quick=True)
+    backward = sparse_attention.case(CPU, torch.float32, 64, BACKWARD, quick=True).build()
     assert backward.task.flops == 2.5 * case.task.flops
-    training = sparse_attention.case(CPU, torch.float32, 64, TRAINING, quick=False)
+    training = sparse_attention.case(CPU, torch.float32, 64, TRAINING, quick=False).build()
     assert training.task.flops == 3.5 * case.task.flops
 
 
 def test_memory_is_fitted_over_the_growth_cases() -> None:
     results = []
     for positions in (512, 1024, 2048):
-        case = sparse_attention.growth_case(CPU, positions)
+        case = sparse_attention.growth_case(CPU, positions).build()
         row = Row(OURS, case.task.flops, 0.0, ours=True, peak_bytes=positions * 100)
         results.append(Result("sparse_attention", case.name, case.shape, "float32", case.growth, 0, row, [row]))
     (bar,) = sparse_attention.bars(results)
@@ -186,7 +186,7 @@ def test_sampled_rows_see_a_wrong_region() -> None:
         return out
 
     contestants = [Contestant("wrong", almost), Contestant("right", in_chunks(local(100).keep)), problem.ours()]
-    case = problem.case("grid", contestants)
+    case = problem.case("grid", lambda: contestants).build()
     assert "16 rows checked" in case.shape
     result = _run(_quickly(case))
     assert [row.status for row in result.rows[:2]] == ["wrong", "timed"]
@@ -234,7 +234,7 @@ def test_a_row_of_the_grid_in_which_ours_has_no_time_leaves_its_bars_unmeasured(
 
 
 def test_a_row_of_the_grid_end_to_end() -> None:
-    case = grid.case(fixed(32, 8), Size(2, 2, 256, 16), torch.float32, 32, CPU)
+    case = grid.case(fixed(32, 8), Size(2, 2, 256, 16), torch.float32, 32, CPU).build()
     assert [contestant.name for contestant in case.contestants] == [FLEX, OURS]
     _timed(_run(_quickly(case)))
 
@@ -243,7 +243,7 @@ def test_a_row_of_the_grid_end_to_end() -> None:
 @pytest.mark.parametrize(("pattern", "kept"), [(causal(), 512), (local(100), 100), (fixed(32, 8), 15 * 8 + 32)])
 @pytest.mark.parametrize("step", [Step(1, 2, 2, 16), Step(2, 4, 2, 16)], ids=str)
 def test_decoding_end_to_end(dtype: torch.dtype, pattern: Pattern, kept: int, step: Step) -> None:
-    case = decode.case(pattern, 32, step, 512, dtype, CPU)
+    case = decode.case(pattern, 32, step, 512, dtype, CPU).build()
     read = 2 * step.batch * step.kv_heads * kept * 16 * dtype.itemsize
     assert case.task.bytes == read
     assert case.input_sets * read >= decode.ROTATED_BYTES
@@ -257,7 +257,7 @@ def test_decoding_end_to_end(dtype: torch.dtype, pattern: Pattern, kept: int, st
 
 
 def test_a_step_that_attends_to_other_keys_has_no_time() -> None:
-    case = decode.case(local(100), 32, Step(1, 2, 2, 16), 512, torch.float32, CPU)
+    case = decode.case(local(100), 32, Step(1, 2, 2, 16), 512, torch.float32, CPU).build()
     impostor = Contestant("impostor", F.scaled_dot_product_attention)
     (row,) = _run(_quickly(case, impostor)).rows
     assert row.status == "wrong"
@@ -276,7 +276,7 @@ def test_time_of_a_token_is_fitted_over_the_cached_keys(power: float, met: bool)
 
 
 def test_growth_of_fixed_is_over_the_keys_that_it_keeps() -> None:
-    assert [case.growth for case in decode.growth_cases(CPU, quick=True)] == [
+    assert [case.build().growth for case in decode.growth_cases(CPU, quick=True)] == [
         (decode.LOCAL_GROWTH, 4096),
         (decode.LOCAL_GROWTH, 16_384),
         (decode.FIXED_GROWTH, 31 * 32 + 128),

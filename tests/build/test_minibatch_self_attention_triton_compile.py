@@ -11,15 +11,12 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from tests.build.triton_target import Compiled, compiled_for, resource_usage
+from tests.build.triton_target import PRODUCT, Compiled, compiled_for, resource_usage
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
 #: What a program may have on the smaller chips of each generation too, such as sm_86, sm_89 and sm_120.
 SHARED_MEMORY = 99 * 1024
-
-#: The tensor core instruction of each.
-PRODUCT = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 FORWARD = ["_forward"]
 BACKWARD = ["_grad_query", "_grad_key_value"]

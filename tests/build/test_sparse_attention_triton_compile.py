@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,80 +11,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdl_kernels import _tuned, layouts
+from gdl_kernels import layouts
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("triton", reason="triton is not installed")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime import driver  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+from tests.build.triton_target import PRODUCT, SHARED_MEMORY, Compiled, compiled_for, resource_usage, variants
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
-
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-#: The most shared memory a block may have: A100, Hopper, Blackwell.
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-
-#: The tensor core instruction of each.
-PRODUCT = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-
-#: By kernel, what its launches compiled, by Triton's own key.
-Compiled = dict[str, dict[str, Any]]
-
-
-class Target:
-    """What Triton asks its driver before it compiles, answered for a GPU that is not here."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return -self.arch  # Triton keeps its compiled kernels by device: this one is nobody's
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-@pytest.fixture
-def target(request: pytest.FixtureRequest) -> Iterator[int]:
-    driver.set_active(Target(request.param))
-    try:
-        yield request.param
-    finally:
-        if torch.cuda.is_available():  # without a GPU there is no driver to go back to
-            driver.reset_active()
-
-
-def resource_usage(cubin: bytes, path: Path) -> dict[str, int]:
-    path.write_bytes(cubin)
-    listing = subprocess.check_output([CUOBJDUMP, "--dump-resource-usage", path], text=True)
-    usage = {name: int(amount) for name, amount in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
-    assert len(usage) == 3, listing
-    return usage
 
 
 @pytest.fixture
 def compiled(target: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiled]:
-    """The launchers run by their own choices, up to the launch: compiled is what they would have launched."""
+    """What the launchers would have launched, by their own choices for a GPU."""
     from gdl_kernels.ops.sparse_attention.triton import launch
 
-    kernels: Compiled = defaultdict(dict)
-    run = JITFunction.run
-
-    def compile_only(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
-        assert grid[0] > 0
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        kernels[self.fn.__name__][kernel.hash] = kernel
-
-    monkeypatch.setattr(JITFunction, "run", compile_only)
     monkeypatch.setattr(launch, "capability", lambda device: target)
     monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
-    with _tuned.using(None):  # what a table says was measured on the GPU that it is for
-        yield kernels
+    with compiled_for(target, monkeypatch) as launched:
+        yield launched
 
 
 def launch_all(
@@ -119,7 +60,6 @@ def launch_all(
         (90, torch.float16, 128, 128, 0.0),
         (100, torch.bfloat16, 64, 64, 0.0),
     ],
-    indirect=["target"],
     ids=str,
 )
 def test_resources(
@@ -140,12 +80,13 @@ def test_resources(
         )  # fmt: skip
 
     products = {"_forward", "_grad_query", "_grad_key_value", "_double_rows", "_double_columns", "_decode"}
-    assert set(compiled) == products | {"_row_terms", "_merge"}
-    for name, variants in compiled.items():
-        for kernel in variants.values():
+    found = variants(compiled)
+    assert set(found) == products | {"_row_terms", "_merge"}
+    for name, kernels in found.items():
+        for kernel in kernels.values():
             shared = kernel.metadata.shared
             assert shared <= SHARED_MEMORY[target], f"{name}: {shared} bytes of shared memory"
-            usage = resource_usage(kernel.asm["cubin"], tmp_path / f"{name}.cubin")
+            usage = resource_usage(kernel, tmp_path)
             assert usage["STACK"] == usage["LOCAL"] == 0, f"{name} spills: {usage}"
             if name in products:
                 # Tiles of few rows, of the query heads of a group or where many tiles are held, are for mma.sync.
@@ -162,7 +103,7 @@ def start_of(value: int) -> Tensor:
     return torch.tensor(value)
 
 
-@pytest.mark.parametrize("target", [90], indirect=True)
+@pytest.mark.parametrize("target", [90])
 @pytest.mark.parametrize(
     ("make", "start"),
     [
@@ -190,6 +131,6 @@ def test_a_new_length_compiles_nothing(
             (i + 1) / 200, torch.randint(2**63 - 1, ()), "triton",
         )  # fmt: skip
         launch_all(n_q, n, 64, torch.bfloat16, call)
-        after = {name: set(variants) for name, variants in compiled.items()}
+        after = {name: set(kernels) for name, kernels in variants(compiled).items()}
         assert not before or after == before, f"{n} positions, {n_q} queries compiled anew"
         before = after

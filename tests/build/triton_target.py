@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,12 @@ from triton.runtime.jit import JITFunction
 from gdl_kernels import _tuned
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+#: The most shared memory a block may have: A100, Hopper, Blackwell.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+#: The tensor core instruction of each.
+PRODUCT = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 #: What was launched: the kernel's name and what Triton compiled.
 Compiled = list[tuple[str, Any]]
@@ -50,14 +57,23 @@ def compiled_for(arch: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Compile
         assert grid[0] > 0
         kernels.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **options)))
 
-    monkeypatch.setattr(JITFunction, "run", compile_only)
     driver.set_active(Target(arch))
     try:
-        with _tuned.using(None):  # what a table says was measured on the GPU that it is for
+        # What a table says was measured on the GPU that it is for.
+        with monkeypatch.context() as patch, _tuned.using(None):
+            patch.setattr(JITFunction, "run", compile_only)
             yield kernels
     finally:
         if torch.cuda.is_available():  # without a GPU there is no driver to go back to
             driver.reset_active()
+
+
+def variants(compiled: Compiled) -> dict[str, dict[str, Any]]:
+    """By kernel, what its launches compiled, by Triton's own key."""
+    found: dict[str, dict[str, Any]] = defaultdict(dict)
+    for name, kernel in compiled:
+        found[name][kernel.hash] = kernel
+    return found
 
 
 def resource_usage(kernel: Any, folder: Path) -> dict[str, int]:

@@ -376,3 +376,21 @@ ONES = torch.ones(2, 3)
 def test_bad_input(backend: str | None, weights: Any, call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         orthogonalize(weights, backend=backend, **call)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", None])
+def test_a_bad_call_after_a_good_one(backend: str | None) -> None:
+    """What is remembered of calls takes none for another."""
+    for _ in range(2):
+        orthogonalize([ONES, ONES], backend=backend)
+        with pytest.raises(TypeError, match=r"weights\[1\] must be float32"):
+            orthogonalize([ONES, ONES.int()], backend=backend)
+        with pytest.raises(ValueError, match=r"weights\[1\] must have two dimensions or more"):
+            orthogonalize([ONES, ONES[0]], backend=backend)
+        with pytest.raises(ValueError, match="steps must"):
+            orthogonalize([ONES, ONES], steps=-1, backend=backend)
+
+
+def test_weights_may_come_one_by_one() -> None:
+    weights = [torch.randn(3, 4), torch.randn(4, 3)]
+    torch.testing.assert_close(orthogonalize(w for w in weights), orthogonalize(weights))

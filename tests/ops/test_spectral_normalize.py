@@ -288,6 +288,73 @@ def test_vectors_are_updated_in_place_on_request(kernel: Kernel) -> None:
     assert halves[0].dtype == torch.bfloat16
 
 
+VECTORS = {
+    "float16": lambda x: x.half(),
+    "bfloat16": lambda x: x.bfloat16(),
+    "float64": lambda x: x.double(),
+    "every third": lambda x: x.repeat_interleave(3)[::3],
+    "every other, bfloat16": lambda x: x.bfloat16().repeat_interleave(2)[::2],
+}
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("vector", VECTORS)
+@for_each_kernel
+@not_interpreting
+def test_vectors_of_any_stride_and_dtype(kernel: Kernel, vector: str, dtype: torch.dtype, gradient: bool) -> None:
+    """They are widened to be read, and rounded to be written, where they lie."""
+    backend, device = kernel
+    if device == "cuda" and dtype == torch.float64:
+        pytest.skip("Triton has no kernels for float64")
+    weights = matrices([(5, 70), (3, 4, 2, 2), (3, 4, 2, 2)], dtype, device)
+    weights[2] = weights[2].to(memory_format=torch.channels_last)
+    given = [x for side in vectors(weights) for x in side]
+    results = []
+    for chosen in (backend, "reference"):
+        moved = [VECTORS[vector](x) for x in given]
+        leaves = [w.requires_grad_(gradient) for w in weights]
+        out = spectral_normalize(leaves, moved[:3], moved[3:], backend=chosen)
+        results.append([*out, *moved])
+    for ours, plain in zip(*results):
+        torch.testing.assert_close(ours, plain)
+    for new, old in zip(results[0][3:], given):
+        assert not torch.allclose(new.float(), old, rtol=0.1)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@not_interpreting
+def test_autograd_sees_that_vectors_have_changed(backend: str, gradient: bool) -> None:
+    weights = [w.requires_grad_(gradient) for w in matrices([(4, 5), (6, 7)], torch.float32)]
+    us, vs = vectors(weights)
+    factor = torch.ones(6, requires_grad=True)
+    costs = []
+    for options in ({"update": False}, {"n_power_iterations": 0}, {}):
+        costs.append((us[1] * factor).sum())  # saves us[1]
+        spectral_normalize(weights, us, vs, backend=backend, **options)
+    for cost in costs[:2]:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            cost.backward()
+    versions = [x._version for x in us + vs]
+    spectral_normalize(weights, us, vs, update=False, backend=backend)
+    assert [x._version for x in us + vs] == versions
+    spectral_normalize(weights, us, vs, backend=backend)
+    assert all(x._version > version for x, version in zip(us + vs, versions))
+
+
+@not_interpreting
+def test_vectors_change_through_the_dispatcher_as_past_it() -> None:
+    weights = matrices([(4, 5), (3, 2, 2)], torch.float32)
+    us, vs = vectors(weights)
+    past, through = ([x.clone() for x in us + vs] for _ in range(2))
+    expected = spectral_normalize(weights, past[:2], past[2:], backend="cpu")
+    with torch.profiler.profile() as profile:
+        found = spectral_normalize(weights, through[:2], through[2:], backend="cpu")
+    assert "gdl_kernels::spectral_normalize" in {event.name for event in profile.events()}
+    assert all(map(torch.equal, [*found, *through], [*expected, *past]))
+
+
 @for_each_kernel
 def test_two_forwards_before_a_backward(kernel: Kernel) -> None:
     """The first pass's gradient is by the vectors of the first pass."""
@@ -308,10 +375,13 @@ def test_only_what_is_asked_for_has_a_gradient(kernel: Kernel) -> None:
     weights[0].requires_grad_()
     weights[2].requires_grad_()
     out = spectral_normalize(weights, *vectors(weights), backend=backend)
-    out[0].square().sum().backward()
-    assert weights[0].grad is not None
+    out[0].square().sum().backward(retain_graph=True)
     assert weights[1].grad is None
     assert weights[2].grad is None
+    first, weights[0].grad = weights[0].grad, None
+    torch.stack([y.square().sum() for y in out]).sum().backward()
+    assert torch.equal(first, weights[0].grad)
+    assert weights[2].grad is not None
 
 
 @for_each_kernel
@@ -404,7 +474,8 @@ def test_registration(kernel: Kernel) -> None:
     for semantics in op.SEMANTICS:
         torch.library.opcheck(op.forward.dispatched, (weights, us, vs, 1, 1e-12, semantics, backend))
     grads = [torch.randn_like(w).requires_grad_() for w in weights]
-    torch.library.opcheck(op.backward.dispatched, (grads, weights, us, vs, torch.rand(2, device=device) + 1, backend))
+    found = torch.cat([torch.rand(2, device=device) + 1, *us, *vs])
+    torch.library.opcheck(op.backward.dispatched, (grads, weights, found, backend))
 
 
 @not_interpreting
@@ -485,11 +556,13 @@ def test_kernels_for_lesser_cpus(capability: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @not_interpreting
-def test_a_weight_that_is_not_finite_is_named(backend: str, bad: float) -> None:
+def test_a_weight_that_is_not_finite_is_named(backend: str, gradient: bool, bad: float) -> None:
     weights = matrices([(4, 5), (3, 7), (2, 2)], torch.float32)
     weights[1][1, 6] = bad
+    weights = [w.requires_grad_(gradient) for w in weights]
     us, vs = vectors(weights)
     before = [x.clone() for x in us + vs]
     with pytest.raises(ValueError, match=r"weights\[1\] must be finite, and so must its spectral norm, which is nan"):
@@ -553,6 +626,7 @@ ONES, LEFT, RIGHT = torch.ones(2, 3), torch.ones(2), torch.ones(3)
             ValueError, "weights must be on one device, got cpu and, at 1, meta",
         ),
         (([ONES], [LEFT.to("meta")], [RIGHT]), {}, ValueError, r"us\[0\] must be on cpu, where.*got meta"),
+        (([ONES], [LEFT], [ONES[0, :1].expand(3)]), {}, ValueError, r"vs\[0\] is written to and must not be expanded"),
         (([ONES], [LEFT], [RIGHT]), {"n_power_iterations": -1}, ValueError, "n_power_iterations must not be negative"),
         (([ONES], [LEFT], [RIGHT]), {"n_power_iterations": 1.0}, TypeError, "n_power_iterations must be an integer"),
         (([ONES], [LEFT], [RIGHT]), {"eps": -1e-9}, ValueError, "eps must be finite and not negative, got -1e-09"),
@@ -568,3 +642,23 @@ def test_bad_input(
 ) -> None:
     with pytest.raises(error, match=message):
         spectral_normalize(*args, **options, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", None])
+@not_interpreting
+def test_a_bad_call_after_a_good_one(backend: str | None) -> None:
+    """What is remembered of calls takes none for another."""
+    good = [[ONES], [LEFT.clone()], [RIGHT.clone()]]
+    for _ in range(2):
+        spectral_normalize(*good, backend=backend)
+        for place, bad, message in (
+            (0, [ONES.int()], "must be float32"),
+            (1, [RIGHT], r"must have shape \(2,\)"),
+            (2, [RIGHT] * 2, "must be as many as weights"),
+            (2, [ONES[0, :1].expand(3)], "must not be expanded"),
+        ):
+            with pytest.raises((TypeError, ValueError), match=message):
+                spectral_normalize(*good[:place], bad, *good[place + 1 :], backend=backend)
+        with pytest.raises(ValueError, match="must not be negative"):
+            spectral_normalize(*good, n_power_iterations=-1, backend=backend)
+        spectral_normalize(*good[:2], [ONES[0, :1].expand(3)], update=False, backend=backend)

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ...cases import Case
+from ...cases import Deferred
 from ...results import Bar, Result
 from . import decoding, training
 
 
-def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, quick: bool) -> Iterator[Deferred]:
     yield from decoding.cases(device, quick)
     yield from training.cases(device, quick)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from gdl_kernels.nn import KeyValueCache
 from models.musenet.model import Config, MuseNet
 from models.musenet.tokens import CHORALES
 
-from ...cases import OURS, Case, Contestant, Function, Inputs, Task, short
+from ...cases import OURS, Case, Contestant, Deferred, Function, Inputs, Task
 from ...ceilings import memory_read
 from ...results import Bar, Result, curve
 from .plain import Attention, DenseCache, dense, kept_keys, last_logits, masked, run_by_run
@@ -29,17 +29,26 @@ RECOMPUTED = 2048
 SUMMARIES = (32, 8)
 
 
-def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, quick: bool) -> Iterator[Deferred]:
     for summary in SUMMARIES[:1] if quick else SUMMARIES:
         config = Config(len(CHORALES), context=max(POSITIONS), layers=4, heads=8, width=512, summary=summary)
-        torch.manual_seed(0)
-        model = MuseNet(config).eval().to(device)
+        model = functools.cache(functools.partial(_model, config, device))
         for positions in QUICK_POSITIONS if quick else POSITIONS:
-            yield case(model, positions)
+            yield Deferred(_name(config, positions), functools.partial(case, model, positions))
 
 
-def case(model: MuseNet, positions: int) -> Case:
+def _model(config: Config, device: torch.device) -> MuseNet:
+    torch.manual_seed(0)
+    return MuseNet(config).eval().to(device)
+
+
+def _name(config: Config, positions: int) -> str:
+    return f"decoding, summary {config.summary}, fp32, {positions} positions"
+
+
+def case(built: Callable[[], MuseNet], positions: int) -> Case:
     """The token at ``positions - 1``, after all those before it."""
+    model = built()
     config, weight = model.config, model.embedding.weight
     exact = copy.deepcopy(model).double()
     attention = run_by_run(config.stride, config.summary)
@@ -52,9 +61,8 @@ def case(model: MuseNet, positions: int) -> Case:
     contestants = [_dense(model, exact, positions), _ours(model, positions)]
     if positions <= RECOMPUTED:
         contestants = [*_recomputed(model, positions), *contestants]
-    name = f"decoding, summary {config.summary}, {short(weight.dtype)}"
     return Case(
-        name=f"{name}, {positions} positions",
+        name=_name(config, positions),
         shape=f"{parameters / 1e6:.1f} M parameters, {config.layers} layers, {kept // config.heads} keys kept a head",
         dtype=weight.dtype,
         device=weight.device,
@@ -64,7 +72,7 @@ def case(model: MuseNet, positions: int) -> Case:
         ),
         contestants=contestants,
         ceiling=memory_read(count, 1),
-        growth=(name, positions),
+        growth=(f"decoding, summary {config.summary}, fp32 over positions", positions),
         input_sets=1,  # as in a piece: each token finds weights and cache where the one before it left them
     )
 
@@ -84,8 +92,8 @@ def bars(results: Sequence[Result]) -> list[Bar]:
     for name in dict.fromkeys(result.growth[0] for result in results if result.growth):
         times = {n: row.median_ms for n, result in curve(results, name) if (row := result.ours) and row.median_ms}
         if name.startswith("decoding") and 1024 in times and 16_384 in times:
-            share = times[1024] / times[16_384]
-            asked.append(Bar(f"{name}: tokens a second at 16,384 positions, of those at 1,024", 0.5, share, "%"))
+            share, what = times[1024] / times[16_384], name.partition(" over ")[0]
+            asked.append(Bar(f"{what}: tokens a second at 16,384 positions, of those at 1,024", 0.5, share, "%"))
     return asked
 
 

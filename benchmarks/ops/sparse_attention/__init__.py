@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from ...cases import Case
+from ...cases import Contestant, Deferred
 from ...results import Bar, Result, curve, exponent
 from . import decode, grid
 from .patterns import causal, local, local_and_every_fourth_block
@@ -15,10 +15,10 @@ from .problem import BACKWARD, EAGER, FLEX, FORWARD, SDPA, TRAINING, Mode, Probl
 
 SIZE = Size(1, 8, 4096, 64)
 WINDOW = 512
-GROWTH = "local"
+GROWTH = "forward, local over positions"
 
 
-def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+def cases(device: torch.device, quick: bool) -> Iterator[Deferred]:
     """Part by part; a case's name begins with its part's. Quick is a case or a few of each, and none of the grid."""
     both = torch.float32, torch.bfloat16
     if device.type == "cuda":
@@ -66,35 +66,39 @@ def bars(results: Sequence[Result]) -> list[Bar]:
     return [*asked, *decode.bars(results), *grid.bars(results)]
 
 
-def case(device: torch.device, dtype: torch.dtype, block_size: int, mode: Mode, *, quick: bool) -> Case:
+def case(device: torch.device, dtype: torch.dtype, block_size: int, mode: Mode, *, quick: bool) -> Deferred:
     """The passes of a mode over a pattern that keeps 22 % of the blocks."""
     pattern = local_and_every_fourth_block(WINDOW, block_size)
     # Every score of eager's training takes seconds: half the positions are a quarter of that.
     size = replace(SIZE, positions=SIZE.positions // 2) if quick and mode is TRAINING else SIZE
     problem = Problem(pattern, size, dtype, block_size, device, mode)
-    contestants = []
-    if mode is TRAINING or (mode is FORWARD and not quick):
-        contestants.append(problem.eager())
-    if mode is FORWARD or device.type == "cuda":  # on the CPU it has no backward pass
-        contestants.append(problem.flex())
-    if not quick:
-        contestants += problem.sdpa_masked()
-    if mode is FORWARD or not quick:
-        contestants.append(problem.sdpa_yardstick())
-    return problem.case(mode.name, [*contestants, problem.ours()])
+
+    def contestants() -> Iterator[Contestant]:
+        if mode is TRAINING or (mode is FORWARD and not quick):
+            yield problem.eager()
+        if mode is FORWARD or device.type == "cuda":  # on the CPU it has no backward pass
+            yield problem.flex()
+        if not quick:
+            yield from problem.sdpa_masked()
+        if mode is FORWARD or not quick:
+            yield problem.sdpa_yardstick()
+        yield problem.ours()
+
+    return problem.case(mode.name, lambda: list(contestants()))
 
 
-def dense_case(device: torch.device, dtype: torch.dtype, mode: Mode, head_dim: int, *, quick: bool) -> Case:
+def dense_case(device: torch.device, dtype: torch.dtype, mode: Mode, head_dim: int, *, quick: bool) -> Deferred:
     """At no sparsity, against the kernel that torch has for just that."""
     size = Size(SIZE.batch, SIZE.heads, SIZE.positions, head_dim)
     problem = Problem(causal(), size, dtype, 128, device, mode)
-    rivals = problem.sdpa_dense()
-    contestants = [*(rivals[:1] if quick else rivals), problem.ours()]
-    return problem.case(f"dense causal, {mode.name}, d{head_dim}", contestants)
+    kernels = slice(1) if quick else slice(None)
+    return problem.case(
+        f"dense causal, {mode.name}, d{head_dim}", lambda: [*problem.sdpa_dense()[kernels], problem.ours()]
+    )
 
 
-def growth_case(device: torch.device, positions: int) -> Case:
+def growth_case(device: torch.device, positions: int) -> Deferred:
     """One point of the curve that shows how memory grows with the number of positions."""
     size = Size(SIZE.batch, SIZE.heads, positions, SIZE.head_dim)
     problem = Problem(local(WINDOW), size, torch.float32, 64, device)
-    return problem.case(f"growth, forward, local, n {positions}", [problem.ours()], growth=(GROWTH, positions))
+    return problem.case(f"growth, forward, local, n {positions}", lambda: [problem.ours()], growth=(GROWTH, positions))

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from ...cases import Case, short
+from ...cases import Deferred, short
 from ...results import Bar, Result, geometric_mean
 from .patterns import Pattern, causal, fixed, local, strided
 from .problem import FLEX, Problem, Size
@@ -34,17 +34,17 @@ ROWS: Sequence[tuple[Pattern, int, Sequence[Size]]] = (
 )
 
 
-def cases(device: torch.device) -> Iterator[Case]:
+def cases(device: torch.device) -> Iterator[Deferred]:
     for pattern, block_size, sizes in ROWS:
         for size in sizes:
             for dtype in (torch.float32, torch.bfloat16):
                 yield case(pattern, size, dtype, block_size, device)
 
 
-def case(pattern: Pattern, size: Size, dtype: torch.dtype, block_size: int, device: torch.device) -> Case:
+def case(pattern: Pattern, size: Size, dtype: torch.dtype, block_size: int, device: torch.device) -> Deferred:
     checked = CHECKED_ROWS if size.batch * size.positions > 4096 else None
     problem = Problem(pattern, size, dtype, block_size, device, checked_rows=checked)
-    return problem.case(f"grid, {pattern.name}, {size}", [problem.flex(), problem.ours()])
+    return problem.case(f"grid, {pattern.name}, {size}", lambda: [problem.flex(), problem.ours()])
 
 
 def bars(results: Sequence[Result]) -> list[Bar]:

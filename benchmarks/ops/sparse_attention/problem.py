@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ import gdl_kernels
 from gdl_kernels._backends import Explanation
 from gdl_kernels.layouts import Layout
 
-from ...cases import OURS, Case, Contestant, Inputs, Task, short
+from ...cases import OURS, Case, Contestant, Deferred, Inputs, Task, short
 from ...passes import Passes
 from ...sdpa import by_kernel
 from .attention import compiled_flex, in_chunks, masked
@@ -70,17 +70,22 @@ class Problem:
     device: torch.device
     mode: Mode = FORWARD
     checked_rows: int | None = None
-    layout: Layout = field(init=False)
 
-    def __post_init__(self) -> None:
-        layout = self.pattern.layout(self.size.positions, self.block_size).to(self.device)
-        object.__setattr__(self, "layout", layout)
+    @functools.cached_property
+    def layout(self) -> Layout:
+        return self.pattern.layout(self.size.positions, self.block_size).to(self.device)
 
-    def case(self, part: str, contestants: Sequence[Contestant], growth: tuple[str, int] | None = None) -> Case:
+    def case(
+        self, part: str, contestants: Callable[[], Sequence[Contestant]], growth: tuple[str, int] | None = None
+    ) -> Deferred:
+        name = f"{part}, {short(self.dtype)}, blocks of {self.block_size}"
+        return Deferred(name, lambda: self._case(name, contestants(), growth))
+
+    def _case(self, name: str, contestants: Sequence[Contestant], growth: tuple[str, int] | None) -> Case:
         kept = self.layout.kept_blocks / (self.layout.q_blocks * self.layout.k_blocks)
         checked = "" if self.checked_rows is None else f"; {self.checked_rows} rows checked"
         return Case(
-            name=f"{part}, {short(self.dtype)}, blocks of {self.block_size}",
+            name=name,
             shape=f"{self.size}, {self.pattern.name}: {kept:.1%} of blocks kept{checked}",
             dtype=self.dtype,
             device=self.device,

@@ -8,28 +8,30 @@ same every run.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import _images
+from ... import _images, _tuned
+from ..._triton import capability, launch
+from ..._tuned import Config
 from .passes import Term
 
-#: Elements of a tile: with four warps a thread loads 16 of each tensor, in four instructions of 16 bytes for float32.
-#: Sums of three tensors' products take half a tile, for on sm_80 the whole spills. Not yet timed on any GPU.
-TILE = 2048
-
-#: Channels of a tile where they are last: 16-bit numbers fill whole cache lines.
-CHANNELS_LAST = 64
-
-#: Programs a multiprocessor that are asked for before images are split no further.
-PROGRAMS = 8
+#: How each kernel is launched where no table says otherwise; see ``tunable.py``. A thread loads 16 values of each
+#: tensor, in four instructions of 16 bytes for float32; of three tensors 8, for on sm_80 so many would spill. Where
+#: channels are last, 64 of 16 bits fill whole cache lines. Not yet timed on any GPU.
+CONFIGS: dict[str, Config] = {
+    "moments": {"values": 16, "channels": 64, "programs": 8, "num_warps": 4},
+    "sums": {"values": 16, "channels": 64, "programs": 8, "num_warps": 4},
+    "double_sums": {"values": 8, "channels": 64, "programs": 8, "num_warps": 4},
+    "combine": {"values": 16, "channels": 64, "num_warps": 4},
+    "merge": {"parts": 128, "channels": 16, "num_warps": 4},
+}
 
 
 @triton.jit
@@ -183,72 +185,85 @@ class _Grid(NamedTuple):
         programs: images times blocks of channels times splits.
         splits: programs that share an image's pixels.
         tiles_a_split: tiles that a program walks.
+        constants: what the kernel is compiled for.
     """
 
     programs: int
     splits: int
     tiles_a_split: int
-    block: dict[str, int]
+    constants: dict[str, int]
 
 
 def moments(x: Tensor, last: bool) -> Tensor:
     n, channels, pixels = _images.shape(x)
-    grid = _grid(x, last, TILE)
+    grid = _grid("moments", x, last)
     n_parts, step = n * grid.splits, n * grid.splits * channels
     parts = torch.empty(4, n_parts, channels, dtype=torch.float32, device=x.device)
     out = torch.empty(2, channels, dtype=torch.float32, device=x.device)
-    strides = _strides(x, last)
-    with _device(x):
-        _moments[(grid.programs,)](
-            x, parts, step, channels, pixels, grid.splits, grid.tiles_a_split, *strides, **grid.block, num_warps=4
-        )
-        _merge[(triton.cdiv(channels, 16),)](parts, out, n_parts, step, channels, BR=128, BC=16, num_warps=4)
+    launch(
+        _moments, grid.programs, x.device, x, parts, step, channels, pixels, grid.splits, grid.tiles_a_split,
+        *_strides(x, last), **grid.constants,
+    )  # fmt: skip
+    config = _config("merge", x.device, min(triton.next_power_of_2(n_parts), 512))
+    launch(
+        _merge, triton.cdiv(channels, config["channels"]), x.device, parts, out, n_parts, step, channels,
+        BR=config["parts"], BC=config["channels"], num_warps=config["num_warps"],
+    )  # fmt: skip
     return out
 
 
 def sums(v: Tensor | None, grad: Tensor, x: Tensor, mean: Tensor, last: bool) -> Tensor:
     n, channels, pixels = _images.shape(x)
-    grid = _grid(x, last, TILE if v is None else TILE // 2)
+    grid = _grid("sums" if v is None else "double_sums", x, last)
     n_parts, count = n * grid.splits, 2 if v is None else 5
     parts = torch.empty(count, n_parts, channels, dtype=torch.float32, device=x.device)
     strides = [s for t in (grad if v is None else v, grad, x) for s in _strides(t, last)]
-    with _device(x):
-        _sums[(grid.programs,)](
-            grad if v is None else v, grad, x, mean, parts, n_parts * channels, channels, pixels, grid.splits,
-            grid.tiles_a_split, *strides, HAS_V=v is not None, **grid.block, num_warps=4,
-        )  # fmt: skip
+    launch(
+        _sums, grid.programs, x.device, grad if v is None else v, grad, x, mean, parts, n_parts * channels, channels,
+        pixels, grid.splits, grid.tiles_a_split, *strides, HAS_V=v is not None, **grid.constants,
+    )  # fmt: skip
     return parts if grid.splits == 1 else parts.view(count, n, grid.splits, channels).sum(2)
 
 
 def combine(out: Tensor, others: Sequence[Term], x: Term | None, mean: Tensor, offset: Tensor, last: bool) -> None:
     _, channels, pixels = _images.shape(out)
-    grid = _grid(out, last, TILE, split_all=True)
+    grid = _grid("combine", out, last, len(others) + (x is not None))
     unused = out, mean
     terms = [*others, *[unused] * (2 - len(others)), x or unused]
     weights = [weight.contiguous() for weight in (*(weight for _, weight in terms), offset)]
     strides = [s for t in (*(t for t, _ in terms), out) for s in _strides(t, last)]
-    with _device(out):
-        _combine[(grid.programs,)](
-            *(t for t, _ in terms), out, *weights, mean, *(w.shape[1] if w.dim() == 2 else 0 for w in weights),
-            channels, pixels, grid.splits, *strides,
-            HAS_A=len(others) > 0, HAS_B=len(others) > 1, HAS_X=x is not None, **grid.block, num_warps=4,
-        )  # fmt: skip
+    launch(
+        _combine, grid.programs, out.device,
+        *(t for t, _ in terms), out, *weights, mean, *(w.shape[1] if w.dim() == 2 else 0 for w in weights),
+        channels, pixels, grid.splits, *strides,
+        HAS_A=len(others) > 0, HAS_B=len(others) > 1, HAS_X=x is not None, **grid.constants,
+    )  # fmt: skip
 
 
-def _grid(x: Tensor, last: bool, tile: int, split_all: bool = False) -> _Grid:
-    """How to cut an image: among enough programs to fill the GPU, or with ``split_all`` a tile to each."""
+def _config(kernel: str, device: torch.device, *key: int) -> Config:
+    return _tuned.configuration(capability(device), "conditional_batch_norm", kernel, key, CONFIGS[kernel])
+
+
+def _grid(kernel: str, x: Tensor, last: bool, *more_key: int) -> _Grid:
+    """How to cut an image: among as many programs as the kernel's configuration wants, or a tile to each."""
     n, channels, pixels = _images.shape(x)
+    key = min(triton.next_power_of_2(pixels), 4096), int(last), x.element_size(), *more_key
+    config = _config(kernel, x.device, *key)
+    num_warps = config["num_warps"]
+    tile = 32 * num_warps * config["values"]
     if last:
-        bc = min(triton.next_power_of_2(channels), CHANNELS_LAST)
+        bc = min(triton.next_power_of_2(channels), config["channels"])
         bp = min(triton.next_power_of_2(pixels), tile // bc)
     else:
         bp = min(triton.next_power_of_2(pixels), tile)
         bc = min(triton.next_power_of_2(channels), tile // bp)
     planes, tiles = n * triton.cdiv(channels, bc), triton.cdiv(pixels, bp)
-    wanted = tiles if split_all else min(tiles, triton.cdiv(PROGRAMS * _multiprocessors(x.device), planes))
+    wanted = tiles
+    if "programs" in config:
+        wanted = min(tiles, triton.cdiv(config["programs"] * _multiprocessors(x.device), planes))
     tiles_a_split = triton.cdiv(tiles, wanted)
     splits = triton.cdiv(tiles, tiles_a_split)
-    return _Grid(planes * splits, splits, tiles_a_split, {"BP": bp, "BC": bc})
+    return _Grid(planes * splits, splits, tiles_a_split, {"BP": bp, "BC": bc, "num_warps": num_warps})
 
 
 def _strides(x: Tensor, last: bool) -> tuple[int, int, int]:
@@ -261,7 +276,3 @@ def _strides(x: Tensor, last: bool) -> tuple[int, int, int]:
 def _multiprocessors(device: torch.device) -> int:
     # For the interpreter few, so that in tests an image may be split or not.
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _device(x: Tensor) -> Any:
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()

@@ -7,29 +7,29 @@ through memory to a second launch, which adds it in one order: results are the s
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import _images
+from ... import _images, _tuned
+from ..._triton import capability, launch
+from ..._tuned import Config
 
-#: Values that a program holds at once: 16 for each thread of four warps. Not yet timed on any GPU.
-TILE = 2048
-NUM_WARPS = 4
+#: How each kernel is launched where no table says otherwise; see ``tunable.py``. Not yet timed on any GPU.
+CONFIGS: dict[str, Config] = {
+    "copy_and_sum": {"values": 16, "programs": 8, "num_warps": 4},
+    "grad_input": {"values": 16, "programs": 8, "num_warps": 4},
+    "fill": {"values": 8, "num_warps": 4},
+    "sum_of_statistic": {"values": 8, "num_warps": 4},
+}
 
-#: Programs that share a sum, at most; those that read it load as many numbers. Until there are so many to a
-#: multiprocessor, a sum is shared by more.
+#: Programs that share a sum, at most; those that read it load as many numbers.
 MAX_PARTS = 256
-PROGRAMS = 8
-
-#: Pixels of a channel that a program sums or fills at once.
-PIXELS = 1024
 
 
 @triton.jit
@@ -162,19 +162,25 @@ class Plan(NamedTuple):
     constants: dict[str, int]
 
 
-def plan(x: Tensor, group_size: int, num_features: int, last: bool, joined: bool) -> Plan:
+def _config(kernel: str, device: torch.device, *key: int) -> Config:
+    return _tuned.configuration(capability(device), "minibatch_stddev", kernel, key, CONFIGS[kernel])
+
+
+def plan(kernel: str, x: Tensor, group_size: int, num_features: int, last: bool, joined: bool) -> Plan:
     samples, channels, pixels = _images.shape(x)
     size, width = min(group_size, samples), channels // num_features
     # With whole channels next to each other in every tensor a feature is one line.
     lines, run = (pixels, width) if last else (1, width * pixels) if joined else (width, pixels)
     padded = triton.next_power_of_2(size)
-    places = max(1, TILE // padded)
+    config = _config(kernel, x.device, padded, min(triton.next_power_of_2(run), 4096), x.element_size())
+    num_warps = config["num_warps"]
+    places = max(1, 32 * num_warps * config["values"] // padded)
     run_block = min(places, triton.next_power_of_2(run))
     line_block = min(places // run_block, triton.next_power_of_2(lines))
     n_tiles = triton.cdiv(lines, line_block) * triton.cdiv(run, run_block)
     groups = samples // size
-    wanted = triton.cdiv(PROGRAMS * _multiprocessors(x.device), groups * num_features)
-    constants = {"GROUP": padded, "LINES": line_block, "RUN": run_block}
+    wanted = triton.cdiv(config["programs"] * _multiprocessors(x.device), groups * num_features)
+    constants = {"GROUP": padded, "LINES": line_block, "RUN": run_block, "num_warps": num_warps}
     return Plan(size, groups, lines, run, n_tiles, min(n_tiles, wanted, MAX_PARTS), constants)
 
 
@@ -199,9 +205,12 @@ def _channel_strides(line: _images.Lines, last: bool) -> tuple[int, int, int]:
     return (line.image, 1, line.line) if last else (line.image, line.line, 1)
 
 
-def _launch(kernel: Any, programs: int, device: torch.device, *args: Any, **constants: Any) -> None:
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*args, **constants, num_warps=NUM_WARPS)
+def _pixels(kernel: str, x: Tensor, pixels: int, last: bool) -> dict[str, int]:
+    """The pixels of a channel that a program takes at once, and its warps."""
+    key = min(triton.next_power_of_2(pixels), 4096), int(last), x.element_size()
+    config = _config(kernel, x.device, *key)
+    num_warps = config["num_warps"]
+    return {"PIXELS": 32 * num_warps * config["values"], "num_warps": num_warps}
 
 
 def forward(y: Tensor, x: Tensor, group_size: int, num_features: int, eps: float, backend: str) -> None:
@@ -210,19 +219,20 @@ def forward(y: Tensor, x: Tensor, group_size: int, num_features: int, eps: float
         return
     last, width = _images.channels_last(x), channels // num_features
     (source, target), joined = _lines((x, y), last)
-    cut = plan(x, group_size, num_features, last, joined)
+    cut = plan("copy_and_sum", x, group_size, num_features, last, joined)
     programs = cut.groups * num_features * cut.n_programs
     sums = torch.empty(programs, dtype=torch.float32, device=x.device)
-    _launch(
+    launch(
         _copy_and_sum, programs, x.device, source.tensor, y, sums,
         _strides(source, width, last), _strides(target, width, last),
         cut.lines, cut.run, cut.n_tiles, cut.n_programs, cut.groups, num_features, cut.size, eps, **cut.constants,
     )  # fmt: skip
-    n_blocks = triton.cdiv(pixels, PIXELS)
-    _launch(
+    constants = _pixels("fill", y, pixels, last)
+    n_blocks = triton.cdiv(pixels, constants["PIXELS"])
+    launch(
         _fill, samples * num_features * n_blocks, x.device, y, sums, *_channel_strides(target, last),
         channels, pixels, n_blocks, cut.n_programs, cut.groups, num_features, width * pixels,
-        PARTS=MAX_PARTS, PIXELS=PIXELS,
+        PARTS=MAX_PARTS, **constants,
     )  # fmt: skip
 
 
@@ -232,14 +242,15 @@ def backward(dx: Tensor, grad: Tensor, x: Tensor, group_size: int, num_features:
         return
     last, width = _images.channels_last(x), channels // num_features
     (given, source, target), joined = _lines((grad, x, dx), last)
-    cut = plan(x, group_size, num_features, last, joined)
-    n_parts = min(triton.cdiv(pixels, PIXELS), MAX_PARTS)
+    constants = _pixels("sum_of_statistic", grad, pixels, last)
+    n_parts = min(triton.cdiv(pixels, constants["PIXELS"]), MAX_PARTS)
     sums = torch.empty(samples, num_features, n_parts, dtype=torch.float32, device=x.device)
-    _launch(
+    launch(
         _sum_of_statistic, sums.numel(), x.device, given.tensor, sums, *_channel_strides(given, last),
-        channels, pixels, n_parts, num_features, PIXELS=PIXELS,
+        channels, pixels, n_parts, num_features, **constants,
     )  # fmt: skip
-    _launch(
+    cut = plan("grad_input", x, group_size, num_features, last, joined)
+    launch(
         _grad_input, cut.groups * num_features * cut.n_programs, x.device, given.tensor, source.tensor, dx, sums,
         *(_strides(line, width, last) for line in (given, source, target)),
         cut.lines, cut.run, cut.n_tiles, cut.n_programs, n_parts, cut.groups, num_features, cut.size, width * pixels,

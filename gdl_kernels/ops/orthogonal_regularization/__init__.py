@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..._matrices import check_weights
+from ..._matrices import check_weights, listed
 from . import op, reference
 
 
@@ -52,20 +52,22 @@ def orthogonal_regularization(
     On the side of the larger Gram matrix the penalty is a difference. On the CPU it is computed in float64 where it
     cancels; otherwise its error is some units in the last place of ``beta ||G||_F^2`` with the diagonal.
     """
-    checked = check_weights(weights, op.DTYPES)
-    _check(beta, gram)
+    weights = listed(weights)
+    chosen = _serving(backend, weights, beta, gram)
     columns = gram == "columns"
-    chosen = op.choices.pick(checked[0].device, backend, checked, beta=beta, gram=gram)
     if chosen == "reference":
-        return reference.orthogonal_regularization(checked, beta, columns)
-    keep = torch.is_grad_enabled() and any(weight.requires_grad for weight in checked)
-    return op.forward(checked, beta, columns, keep, chosen)[0]
+        return reference.orthogonal_regularization(weights, beta, columns)
+    keep = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+    return op.forward(weights, beta, columns, keep, chosen)[0]
 
 
-def _check(beta: float, gram: str) -> None:
+@op.choices.serving
+def _serving(backend: str | None, weights: Sequence[Tensor], beta: float, gram: str) -> str:
+    check_weights(weights, op.DTYPES)
     if not isinstance(beta, (int, float)):
         raise TypeError(f"beta must be a number, got {type(beta).__name__}")
     if not 0 <= beta < math.inf:
         raise ValueError(f"beta must be finite and not negative, got {beta}")
     if gram not in ("columns", "rows"):
         raise ValueError(f"gram must be 'columns' or 'rows', got {gram!r}")
+    return op.choices.pick(weights[0].device, backend, weights, beta=beta, gram=gram)

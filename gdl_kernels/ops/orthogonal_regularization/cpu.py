@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import _matrices
+from ..._arguments import sum_dtype
 from ..._matrices import Group, symmetric_product
 
 #: Where the difference is a smaller share of what is subtracted, too few of float32's digits are left.
@@ -90,7 +91,7 @@ def backward(
 
 def _stacks(weights: Sequence[Tensor], columns: bool) -> Iterator[tuple[Group, Tensor, bool]]:
     """Each group, its V, and whether the penalty is asked of the rows of V."""
-    dtype = _matrices.wide_dtype(weights[0].dtype)
+    dtype = sum_dtype(weights[0])
     matrices, of_rows = zip(*(turned(weight, columns) for weight in weights))
     for group in _matrices.groups(matrices, of_rows):
         yield group, group.load(matrices, dtype), of_rows[group.indices[0]]

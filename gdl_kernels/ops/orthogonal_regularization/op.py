@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import _backends, _matrices, _native
+from ..._arguments import sum_dtype
 from ..._registration import launchers, register
 from .cpu import orientation
 
@@ -46,7 +47,7 @@ choices = _backends.add_op("orthogonal_regularization", {"cpu": _cpu_reasons, "t
 def _outputs(
     weights: list[Tensor], beta: float, columns: bool, keep: bool, backend: str
 ) -> tuple[Tensor, list[Tensor]]:
-    dtype = _matrices.wide_dtype(weights[0].dtype)
+    dtype = sum_dtype(weights[0])
     penalty = weights[0].new_empty((), dtype=dtype)
     if not keep:
         return penalty, []
@@ -94,7 +95,7 @@ def _gradient_of_backward(ctx: Any, cotangents: list[Tensor]) -> tuple[Any, ...]
 
 def _second(weight: Tensor, cotangent: Tensor, columns: bool) -> tuple[Tensor, Tensor]:
     """``<v, D>`` and its derivative by W, with ``D`` the penalty's gradient over ``4 beta``; by the smaller side."""
-    w, v = (t.flatten(1).to(_matrices.wide_dtype(weight.dtype)) for t in (weight, cotangent))
+    w, v = (t.flatten(1).to(sum_dtype(weight)) for t in (weight, cotangent))
     turn, of_rows = orientation(w.shape[0], w.shape[1], columns)
     if turn:
         w, v = w.mT, v.mT

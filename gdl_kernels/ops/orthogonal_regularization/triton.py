@@ -13,7 +13,6 @@ into their table: no launch copies from the host, and calls can be captured in a
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Sequence
@@ -24,16 +23,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import _matrices, _native
+from ... import _matrices, _native, _tuned
+from ..._triton import capability, launch
+from ..._tuned import Config
 from .cpu import orientation
 
-#: Rows and columns of a tile of G, and columns that are multiplied at a time, by bytes an element. Chosen by what the
-#: compiler reports, not yet timed on any GPU.
+#: Rows and columns of a tile of G, by bytes an element. Not yet timed on any GPU.
 TILE = {4: 64, 2: 128}
-STEP = {4: 32, 2: 64}
-NUM_WARPS = {4: 4, 2: 8}
-#: Rows or columns whose squares one program sums.
-SUMMED = 64
 
 #: Addresses that one launch writes to a table.
 ADDRESSES = 16
@@ -227,27 +223,51 @@ class Plan(NamedTuple):
     n_norms: int
 
 
-def _columns(tile: int, aligned: bool) -> int:
-    """Columns of the gradient that a program owns: numbers that are stored one by one have an address each."""
-    return tile if aligned else tile // 2
+def _built_in(kernel: str, aligned: bool, size: int) -> Config:
+    """How a kernel is launched where no table says otherwise. Chosen by what the compiler reports, not yet timed on any
+    GPU. Numbers that are loaded one by one go through registers: half as many at a time, or they would spill; and
+    those that are stored so have an address each.
+    """
+    num_warps, step, columns = (4, 32, 64) if size == 4 else (8, 64, 128)
+    if not aligned:
+        step, columns = step // 2, columns // 2
+    if kernel == "norms":
+        return {"summed": 64, "values": 16 if aligned else 8, "num_warps": num_warps}
+    multiplied = {"step": step, "num_stages": 3, "num_warps": num_warps}
+    return multiplied if kernel == "gram" else {"columns": columns, **multiplied}
+
+
+def _config(kernel: str, aligned: bool, size: int, device: torch.device) -> Config:
+    built_in, key = _built_in(kernel, aligned, size), (int(aligned), size)
+    return _tuned.configuration(capability(device), "orthogonal_regularization", kernel, key, built_in)
+
+
+#: Kernel, whether for aligned weights, and how many rows or columns a program owns.
+Cut = tuple[str, bool, int]
 
 
 @functools.lru_cache(maxsize=64)
-def _plan(matrices: tuple[Matrix, ...], tile: int, device: torch.device) -> Plan:
+def _plan(matrices: tuple[Matrix, ...], tile: int, cuts: tuple[Cut, ...], device: torch.device) -> Plan:
+    """The work of the kernels that ``cuts`` has."""
+    sizes = {(kernel, aligned): size for kernel, aligned, size in cuts}
     table, n_tiles, n_norms = [], 0, 0
     work: dict[tuple[bool, bool], tuple[list[Any], list[Any], list[Any]]] = {}
     for w, matrix in enumerate(matrices):
-        n_rows, n_columns = triton.cdiv(matrix.height, tile), triton.cdiv(matrix.width, _columns(tile, matrix.aligned))
+        n_rows = triton.cdiv(matrix.height, tile)
+        summed, columns = (sizes.get((kernel, matrix.aligned)) for kernel in ("norms", "gradient"))
         table.append([
             matrix.height, matrix.width, matrix.stride, matrix.out_stride, n_tiles, n_norms, int(matrix.of_rows)
         ])  # fmt: skip
         gram, norms, gradient = work.setdefault((matrix.turned, matrix.aligned), ([], [], []))
-        if matrix.width:
+        if matrix.width and ("gram", matrix.aligned) in sizes:
             gram += [(matrix.width, w, i, j) for i in range(n_rows) for j in range(i + 1)]
+        if matrix.width and columns:
+            n_columns = triton.cdiv(matrix.width, columns)
             gradient += [(matrix.height, w, i, k) for k in range(n_columns) for i in range(n_rows)]
         if matrix.width and not matrix.of_rows:
-            norms += [(matrix.width, w, 0, b) for b in range(triton.cdiv(matrix.height, SUMMED))]
-            norms += [(matrix.height, w, 1, b) for b in range(triton.cdiv(matrix.width, SUMMED))]
+            if summed:
+                norms += [(matrix.width, w, 0, b) for b in range(triton.cdiv(matrix.height, summed))]
+                norms += [(matrix.height, w, 1, b) for b in range(triton.cdiv(matrix.width, summed))]
             n_norms += matrix.height + matrix.width
         n_tiles += n_rows * (n_rows + 1) // 2
 
@@ -268,9 +288,9 @@ _DOT_OF_GRAM = _DOT | {torch.float16: tl.float32}
 
 
 class Call:
-    """A list of weights as the kernels take it."""
+    """A list of weights as some of the kernels take it."""
 
-    def __init__(self, weights: Sequence[Tensor], columns: bool) -> None:
+    def __init__(self, weights: Sequence[Tensor], columns: bool, kernels: Sequence[str]) -> None:
         self.device, self.dtype = weights[0].device, weights[0].dtype
         self.tile = TILE[self.dtype.itemsize]
         self.matrices, lines = [], []
@@ -286,7 +306,17 @@ class Call:
             aligned = all(size % 16 == 0 for size in sizes)
             self.matrices.append(matrix)
             lines.append(Matrix(height, width, stride, out_stride, turn, of_rows, aligned))
-        self.plan = _plan(tuple(lines), self.tile, self.device)
+        self.configs = {
+            (kernel, aligned): _config(kernel, aligned, self.dtype.itemsize, self.device)
+            for kernel in kernels
+            for aligned in {line.aligned for line in lines if kernel != "norms" or not line.of_rows}
+        }
+        owned = {"norms": "summed", "gradient": "columns"}
+        cuts = tuple(
+            (kernel, aligned, config[owned[kernel]] if kernel in owned else self.tile)
+            for (kernel, aligned), config in self.configs.items()
+        )
+        self.plan = _plan(tuple(lines), self.tile, cuts, self.device)
 
     def addresses(self, tensors: Sequence[Tensor]) -> Tensor:
         """The tensors' addresses, on the device: the last is written again to fill the last launch."""
@@ -294,27 +324,26 @@ class Call:
         table = torch.empty(size, dtype=torch.int64, device=self.device)
         for first in range(0, len(tensors), ADDRESSES):
             some = tuple(tensors[min(first + i, len(tensors) - 1)] for i in range(ADDRESSES))
-            _write_addresses[(1,)](table, some, first, num_warps=1)
+            launch(_write_addresses, 1, self.device, table, some, first, num_warps=1)
         return table
 
     def launch(self, kernel: Any, items: Tensor, part: Part, *args: Any, **constants: Any) -> None:
         if len(items):
-            size = self.dtype.itemsize
-            # Numbers that are loaded one by one go through registers: half as many at a time, or they would spill.
-            step, together = (STEP[size], 16 // size) if part.aligned else (STEP[size] // 2, 1)
-            kernel[(len(items),)](
-                *args, **constants, TURNED=part.turned, ALIGNED=together, STEP=step,
-                DTYPE=_DTYPES[self.dtype], num_warps=NUM_WARPS[size], num_stages=3,
+            together = 16 // self.dtype.itemsize if part.aligned else 1
+            launch(
+                kernel, len(items), self.device, *args, **constants, TURNED=part.turned, ALIGNED=together,
+                DTYPE=_DTYPES[self.dtype],
             )  # fmt: skip
 
-    def precision(self, of_gram: bool) -> dict[str, Any]:
-        """How products are computed: float32 as torch multiplies it, G with float16 weights in TF32."""
-        if self.dtype == torch.float32:
-            precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-        else:
-            precision = "tf32"
-        dot = _DOT_OF_GRAM if of_gram else _DOT
-        return {"T": self.tile, "DOT": dot[self.dtype], "PRECISION": precision}
+    def products(self, kernel: str, part: Part) -> dict[str, Any]:
+        """How a kernel multiplies: float32 as torch does, G with float16 weights in TF32."""
+        config = self.configs[kernel, part.aligned]
+        precision = "ieee" if self.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+        dot = _DOT if kernel == "gram" else _DOT_OF_GRAM
+        return {
+            "T": self.tile, "DOT": dot[self.dtype], "PRECISION": precision, "STEP": config["step"],
+            "num_stages": config["num_stages"], "num_warps": config["num_warps"],
+        }  # fmt: skip
 
 
 def kept_sizes(weights: Sequence[Tensor], columns: bool) -> tuple[int, int]:
@@ -334,24 +363,26 @@ def forward(
     outputs: tuple[Tensor, list[Tensor]], weights: list[Tensor], beta: float, columns: bool, keep: bool, backend: str
 ) -> None:
     penalty, kept = outputs
-    with _on(penalty.device):
-        call = Call(weights, columns)
-        tiles, norms = kept if keep else (penalty, penalty.new_empty(call.plan.n_norms))
-        addresses = call.addresses(call.matrices)
-        count = sum(len(part.gram) + len(part.norms) for part in call.plan.parts)
-        partials, first = torch.empty(count, dtype=torch.float32, device=call.device), 0
-        for part in call.plan.parts:
-            call.launch(
-                _gram, part.gram, part, addresses, call.plan.table, part.gram, partials[first:], tiles,
-                KEEP=keep, **call.precision(of_gram=False),
-            )  # fmt: skip
-            first += len(part.gram)
+    call = Call(weights, columns, ("gram", "norms"))
+    tiles, norms = kept if keep else (penalty, penalty.new_empty(call.plan.n_norms))
+    addresses = call.addresses(call.matrices)
+    count = sum(len(part.gram) + len(part.norms) for part in call.plan.parts)
+    partials, first = torch.empty(count, dtype=torch.float32, device=call.device), 0
+    for part in call.plan.parts:
+        call.launch(
+            _gram, part.gram, part, addresses, call.plan.table, part.gram, partials[first:], tiles,
+            KEEP=keep, **call.products("gram", part),
+        )  # fmt: skip
+        first += len(part.gram)
+        if len(part.norms):
+            config = call.configs["norms", part.aligned]
+            step = 32 * config["num_warps"] * config["values"] // config["summed"]
             call.launch(
                 _norms, part.norms, part, addresses, call.plan.table, part.norms, partials[first:], norms,
-                SUMMED=SUMMED,
+                SUMMED=config["summed"], STEP=step, num_warps=config["num_warps"],
             )  # fmt: skip
-            first += len(part.norms)
-        penalty.copy_(beta * partials.sum(dtype=torch.float64).clamp(min=0))
+        first += len(part.norms)
+    penalty.copy_(beta * partials.sum(dtype=torch.float64).clamp(min=0))
 
 
 def backward(
@@ -363,15 +394,10 @@ def backward(
     columns: bool,
     backend: str,
 ) -> None:
-    with _on(grad.device):
-        call = Call(weights, columns)
-        addresses, out_addresses = call.addresses(call.matrices), call.addresses(grads)
-        for part in call.plan.parts:
-            call.launch(
-                _gradient, part.gradient, part, addresses, out_addresses, call.plan.table, part.gradient, *kept, grad,
-                beta, COLUMNS=_columns(call.tile, part.aligned), **call.precision(of_gram=True),
-            )  # fmt: skip
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    call = Call(weights, columns, ("gradient",))
+    addresses, out_addresses = call.addresses(call.matrices), call.addresses(grads)
+    for part in call.plan.parts:
+        call.launch(
+            _gradient, part.gradient, part, addresses, out_addresses, call.plan.table, part.gradient, *kept, grad,
+            beta, COLUMNS=call.configs["gradient", part.aligned]["columns"], **call.products("gradient", part),
+        )  # fmt: skip

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from torch import Tensor
 
-from ..._matrices import check_weights
+from ..._matrices import check_weights, listed
 from . import op, reference
 from .schedule import METHODS
 
@@ -54,18 +54,20 @@ def orthogonalize(
     With ``steps=None`` a GPU is waited for, twice or more for each group of matrices; a number of steps is for CUDA
     graphs.
     """
-    checked = check_weights(weights, op.DTYPES)
-    _check(steps, method)
-    chosen = op.choices.pick(checked[0].device, backend, checked, steps=steps, method=method)
+    weights = listed(weights)
+    chosen = _serving(backend, weights, steps, method)
     if chosen == "reference":
-        return [reference.orthogonalize(weight, steps, method) for weight in checked]
-    return op.forward(checked, steps, method, chosen)
+        return [reference.orthogonalize(weight, steps, method) for weight in weights]
+    return op.forward(weights, steps, method, chosen)
 
 
-def _check(steps: int | None, method: str) -> None:
+@op.choices.serving
+def _serving(backend: str | None, weights: Sequence[Tensor], steps: int | None, method: str) -> str:
+    check_weights(weights, op.DTYPES)
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool)):
         raise TypeError(f"steps must be an integer or None, got {type(steps).__name__}")
     if steps is not None and steps < 1:
         raise ValueError(f"steps must be positive, got {steps}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    return op.choices.pick(weights[0].device, backend, weights, steps=steps, method=method)

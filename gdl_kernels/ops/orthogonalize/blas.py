@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import _matrices
+from ..._arguments import sum_dtype
 from ..._matrices import Group, symmetric_product
 from .schedule import MARGIN, Step, cycle, finish, fixed, most_cycles
 
@@ -70,7 +71,7 @@ def _stacks(weights: Sequence[Tensor]) -> Iterator[tuple[Group, Tensor, Tensor, 
     """Each group, its matrices with a largest element of 1, what they were scaled by for that, and their heights."""
     matrices = [turned(weight, weight) for weight in weights]
     for group in _matrices.groups(matrices):
-        x = group.load(matrices, _matrices.wide_dtype(weights[0].dtype))
+        x = group.load(matrices, sum_dtype(weights[0]))
         largest = torch.linalg.vector_norm(x, torch.inf, dim=(-2, -1), keepdim=True)
         if x.device.type == "cpu" and not largest.isfinite().all():
             _matrices.name_not_finite(weights, group.indices)

@@ -8,27 +8,24 @@ one token, as padding's are, is summed beforehand by a program of its own, so th
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import _tuned
+from ..._triton import capability, launch
+from ..._tuned import Config
 from .phases import phase_steps
 
-#: Values of a tile, 16 for each thread of four warps, and the columns of one, at most. Not yet timed on any GPU.
-TILE = 2048
-COLUMNS = 256
-NUM_WARPS = 4
-
-#: Programs a multiprocessor that are asked for before the batch is split no further.
-PROGRAMS = 8
-
-#: Places that a program sums at most on the way to the next chunk, and on the way from the last.
-CHUNK = 64
+#: How the kernels are launched where no table says otherwise; see ``tunable.py``. Up to ``chunk`` places a program
+#: sums on the way to the next chunk, and on the way from the last. Not yet timed on any GPU.
+CONFIGS: dict[str, Config] = {
+    "forward": {"values": 16, "columns": 256, "programs": 8, "num_warps": 4},
+    "backward": {"values": 16, "columns": 256, "chunk": 64, "num_warps": 4},
+}
 
 
 @triton.jit
@@ -121,21 +118,19 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _launch(kernel: Any, programs: int, device: torch.device, *args: Any, **constants: Any) -> None:
-    if programs:
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            kernel[(programs,)](*args, **constants, num_warps=NUM_WARPS)
-
-
 def _contiguous_rows(matrix: Tensor) -> Tensor:
     """The matrix itself where its rows are contiguous, whatever lies between them; else a copy."""
     return matrix if matrix.stride()[1] == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
-def _columns(width: int) -> tuple[int, int]:
-    """Columns of a tile, and tiles of a row."""
-    columns = min(COLUMNS, triton.next_power_of_2(width))
-    return columns, triton.cdiv(width, columns)
+def _config(kernel: str, table: Tensor) -> tuple[Config, int, int, int]:
+    """A configuration for tables or gradients with such rows: columns of a tile, tiles of a row, rows of a tile."""
+    width = table.shape[-1]
+    padded = triton.next_power_of_2(width)
+    key = padded, table.element_size()
+    config = _tuned.configuration(capability(table.device), "positional_embedding", kernel, key, CONFIGS[kernel])
+    columns = min(config["columns"], padded)
+    return config, columns, triton.cdiv(width, columns), 32 * config["num_warps"] * config["values"] // columns
 
 
 def forward(out: Tensor, tokens: Tensor, weight: Tensor, scale: float, start: int, backend: str) -> None:
@@ -143,15 +138,16 @@ def forward(out: Tensor, tokens: Tensor, weight: Tensor, scale: float, start: in
         return
     ids, table, length = tokens.contiguous(), _contiguous_rows(weight), tokens.shape[-1]
     rows, width = weight.shape
-    columns, tiles = _columns(width)
-    positions = min(TILE // columns, triton.next_power_of_2(length))
+    config, columns, tiles, positions = _config("forward", weight)
+    positions = min(positions, triton.next_power_of_2(length))
     programs, batch = triton.cdiv(length, positions) * tiles, tokens.numel() // length
     # With few positions the batch is split, too, and each part computes the sinusoids again.
-    parts = min(batch, triton.cdiv(PROGRAMS * _multiprocessors(weight.device), programs))
+    parts = min(batch, triton.cdiv(config["programs"] * _multiprocessors(weight.device), programs))
     steps = phase_steps(width, weight.device)
-    _launch(
+    launch(
         _forward, programs * parts, weight.device, ids, table, steps, out, length, batch, start, rows, width,
         table.stride(0), scale, tiles, parts, POSITIONS=positions, COLUMNS=columns,
+        num_warps=config["num_warps"],
     )  # fmt: skip
 
 
@@ -160,16 +156,17 @@ def backward(
 ) -> None:
     width = grad.shape[-1]
     grads = _contiguous_rows(grad.reshape(-1, width))
-    columns, tiles = _columns(width)
+    config, columns, tiles, rows = _config("backward", grads)
+    chunk, num_warps = config["chunk"], config["num_warps"]
     # Tokens out of range come before the first row's or after the last's.
     ids, places = torch.sort(tokens.flatten().to(torch.int64), stable=True)
     splits = torch.searchsorted(ids, torch.arange(num_embeddings + 1, device=ids.device))
-    chunks = ids.numel() // CHUNK
+    chunks = ids.numel() // chunk
     sums = torch.empty(chunks, width, dtype=torch.float32, device=grad.device)
-    constants = {"CHUNK": CHUNK, "PLACES": min(TILE // columns, CHUNK), "COLUMNS": columns}
+    constants = {"CHUNK": chunk, "PLACES": min(rows, chunk), "COLUMNS": columns, "num_warps": num_warps}
     stride = grads.stride(0)
-    _launch(_sum_chunks, chunks * tiles, grad.device, grads, ids, places, sums, width, stride, tiles, **constants)
-    _launch(
+    launch(_sum_chunks, chunks * tiles, grad.device, grads, ids, places, sums, width, stride, tiles, **constants)
+    launch(
         _sum_rows, num_embeddings * tiles, grad.device, grads, places, splits, sums, grad_weight, width, stride, scale,
         tiles, **constants,
     )  # fmt: skip

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import op, reference
+from ..._direct import DIRECT, DISPATCHED, way_of
+from . import cpu, op, reference, vectors
 
 
 class NotFinite(ValueError):
@@ -67,22 +69,41 @@ def spectral_normalize(
         TypeError: if something is not a list of floating point tensors of one dtype, or not a number.
         RuntimeError: if ``backend`` was given and can't serve the call.
     """
-    _check(weights, us, vs, n_power_iterations, eps, semantics)
+    chosen = _serving(backend, weights, us, vs, n_power_iterations, eps, update, semantics)
     if not weights:
         return []
-    weights, us, vs = list(weights), list(us), list(vs)
-    options = {"n_power_iterations": n_power_iterations, "eps": eps, "update": update, "semantics": semantics}
-    chosen = op.choices.pick(weights[0].device, backend, weights, us, vs, **options)
+    update = update and n_power_iterations > 0
+    call = weights, us, vs, n_power_iterations, eps, semantics
+    if chosen == "cpu":
+        way = way_of("gdl_kernels::spectral_normalize", (weights, us, vs, chosen))
+        if way != DISPATCHED:
+            return _past_the_dispatcher(way, call, update)
     if chosen == "reference":
-        out, new_us, new_vs, sigmas = reference.spectral_normalize(weights, us, vs, n_power_iterations, eps, semantics)
+        out, new_us, new_vs, sigmas = reference.spectral_normalize(*call)
     else:
-        out, new_us, new_vs, sigmas = op.forward(weights, us, vs, n_power_iterations, eps, semantics, chosen)
+        out, found = op.forward(*call, chosen)
+        sigmas, new_us, new_vs = vectors.parts(found, weights)
     # On a GPU to look would be to wait for it.
     if sigmas.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_finite(sigmas)
-    if update and n_power_iterations > 0:
+    if update:
         with torch.no_grad():
-            torch._foreach_copy_(us + vs, new_us + new_vs)
+            torch._foreach_copy_([*us, *vs], [*new_us, *new_vs])
+    return out
+
+
+def _past_the_dispatcher(way: int, call: tuple[Any, ...], update: bool) -> list[Tensor]:
+    """The same on tensors whose memory nobody else looks after: without views of what was found, or ops to copy it."""
+    weights, us, vs, *_ = call
+    if way == DIRECT:
+        out = list(map(torch.empty_like, weights))
+        not_finite = cpu.forward_and_finish(out, *call, update=update)
+    else:
+        out, found = op.forward.by(way, (*call, "cpu"))
+        not_finite = cpu.finish(found, us, vs, update)
+    if not_finite:
+        place, sigma = not_finite
+        raise NotFinite(place, sigma, f"weights[{place}]")
     return out
 
 
@@ -92,10 +113,11 @@ def _check_finite(sigmas: Tensor) -> None:
             raise NotFinite(index, sigma, f"weights[{index}]")
 
 
-def _check(
-    weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], n_power_iterations: int, eps: float,
-    semantics: str,
-) -> None:  # fmt: skip
+@op.choices.serving
+def _serving(
+    backend: str | None, weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor],
+    n_power_iterations: int, eps: float, update: bool, semantics: str,
+) -> str:  # fmt: skip
     for name, tensors in (("weights", weights), ("us", us), ("vs", vs)):
         if not isinstance(tensors, (list, tuple)):
             raise TypeError(f"{name} must be a list of tensors, got {type(tensors).__name__}")
@@ -129,3 +151,12 @@ def _check(
         raise ValueError(f"eps must be finite and not negative, got {eps}")
     if semantics not in op.SEMANTICS:
         raise ValueError(f"semantics must be 'torch' or 'biggan', got {semantics!r}")
+    if update and n_power_iterations > 0:
+        for name, vectors_of_it in (("us", us), ("vs", vs)):
+            for i, vector in enumerate(vectors_of_it):
+                if vector.stride(0) == 0 and len(vector) > 1:
+                    raise ValueError(f"{name}[{i}] is written to and must not be expanded, got a stride of 0")
+    if not weights:
+        return "reference"
+    options = {"n_power_iterations": n_power_iterations, "eps": eps, "update": update, "semantics": semantics}
+    return op.choices.pick(weights[0].device, backend, weights, us, vs, **options)

@@ -2,50 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ... import _native
-from ..._arguments import to_dtype
-from .matrices import laid_out_like, matrix
+
+#: A place in the list of weights, and the sigma there, which is not finite; None if all are.
+NotFinite = tuple[int, float] | None
 
 
 def forward(
-    outputs: tuple[list[Tensor], list[Tensor], list[Tensor], Tensor], weights: list[Tensor], us: list[Tensor],
-    vs: list[Tensor], n_power_iterations: int, eps: float, semantics: str, backend: str,
+    outputs: tuple[list[Tensor], Tensor], weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor],
+    n_power_iterations: int, eps: float, semantics: str, _backend: str,
 ) -> None:  # fmt: skip
-    out, new_us, new_vs, sigmas = outputs
-    wide = sigmas.dtype
-    given, held = [], []
-    for weight, u, v, y, new_u, new_v in zip(weights, us, vs, out, new_us, new_vs):
-        m = matrix(weight)
-        u, v = to_dtype(u, wide).contiguous(), m.to_memory(to_dtype(v, wide))
-        v_there = new_v if m.order is None else torch.empty_like(v)
-        tensors = m.tensor, y, u, v, new_u, v_there
-        given.append((m.outer, m.rows, m.inner, *(t.data_ptr() for t in tensors)))
-        held.append((m, tensors))
-    dtype = str(weights[0].dtype).removeprefix("torch.")
     _native.cpu_module().spectral_normalize_forward(
-        dtype, given, n_power_iterations, semantics == "biggan", eps, sigmas.data_ptr(), _threads(weights)
+        *outputs, weights, us, vs, n_power_iterations, semantics == "biggan", eps, torch.get_num_threads()
     )
-    for (m, tensors), new_v in zip(held, new_vs):
-        m.from_memory(tensors[-1], new_v)
+
+
+def finish(found: Tensor, us: Sequence[Tensor], vs: Sequence[Tensor], update: bool) -> NotFinite:
+    """After forward: write the new vectors to ``us`` and ``vs`` if they are to be updated and all sigmas are finite."""
+    not_finite: NotFinite = _native.cpu_module().spectral_normalize_finish(found, us, vs, update)
+    if update and not not_finite:
+        _tell_autograd(us, vs)
+    return not_finite
+
+
+def forward_and_finish(
+    out: list[Tensor], weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], n_power_iterations: int,
+    eps: float, semantics: str, *, update: bool,
+) -> NotFinite:  # fmt: skip
+    """Both, where nobody else asks for what was found: it takes memory of its own, not a tensor."""
+    native = _native.cpu_module()
+    native.prefer_huge_pages(out)
+    not_finite: NotFinite = native.spectral_normalize_forward_and_finish(
+        out, weights, us, vs, n_power_iterations, semantics == "biggan", eps, update, torch.get_num_threads()
+    )
+    if update and not not_finite:
+        _tell_autograd(us, vs)
+    return not_finite
+
+
+def _tell_autograd(us: Sequence[Tensor], vs: Sequence[Tensor]) -> None:
+    """They were changed in place: who has saved them for a gradient must not use them."""
+    increment_version([*us, *vs])
 
 
 def backward(
-    grad_weights: list[Tensor], grads: list[Tensor], weights: list[Tensor], us: list[Tensor], vs: list[Tensor],
-    sigmas: Tensor, backend: str,
-) -> None:  # fmt: skip
-    given, held = [], []
-    for grad_weight, grad, weight, u, v in zip(grad_weights, grads, weights, us, vs):
-        m = matrix(weight)
-        tensors = laid_out_like(grad, grad_weight), m.tensor, grad_weight, u.contiguous(), m.to_memory(v)
-        given.append((m.outer, m.rows, m.inner, *(t.data_ptr() for t in tensors)))
-        held.append(tensors)
-    dtype = str(weights[0].dtype).removeprefix("torch.")
-    sigmas = sigmas.contiguous()
-    _native.cpu_module().spectral_normalize_backward(dtype, given, sigmas.data_ptr(), _threads(weights))
-
-
-def _threads(weights: list[Tensor]) -> int:
-    return _native.threads(sum(w.numel() for w in weights))
+    grad_weights: list[Tensor], grads: list[Tensor], weights: list[Tensor], vectors: Tensor, _backend: str
+) -> None:
+    _native.cpu_module().spectral_normalize_backward(grad_weights, grads, weights, vectors, torch.get_num_threads())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import _backends, _native
 from ..._registration import launchers, register
-from . import reference
+from . import reference, vectors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -72,55 +72,54 @@ def _unit(length: int) -> Tensor:
 choices = _backends.add_op("spectral_normalize", {"cpu": _cpu_reasons, "triton": _triton_reasons}, _examples)
 
 
-def _outputs(weights: list[Tensor], *_: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
-    """The normalised weights; u, v and sigma of each, in what sums are kept in."""
-    wide = torch.promote_types(weights[0].dtype, torch.float32)
-    out = [torch.empty_like(w) for w in weights]
-    us, vs = ([w.new_empty(length(w.shape), dtype=wide) for w in weights] for length in (_rows, _columns))
-    return out, us, vs, weights[0].new_empty(len(weights), dtype=wide)
+def _outputs(
+    weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], *_: Any
+) -> tuple[list[Tensor], Tensor]:
+    """The normalised weights, and what was found on the way."""
+    return [torch.empty_like(w) for w in weights], vectors.empty(weights, us, vs)
 
 
 def _grad_weights(grads: list[Tensor], weights: list[Tensor], *_: Any) -> list[Tensor]:
     return [torch.empty_like(w) for w in weights]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
     weights, ctx.backend = inputs[0], inputs[-1]
-    _out, us, vs, sigmas = output
-    ctx.mark_non_differentiable(*us, *vs, sigmas)
+    found = output[1]
+    ctx.mark_non_differentiable(found)
     ctx.set_materialize_grads(False)  # a weight that nobody used has no gradient, not one of zeros
-    ctx.save_for_backward(*weights, *us, *vs, sigmas)
+    ctx.save_for_backward(*weights, found)
 
 
-def _gradient(ctx: Any, grads: list[Tensor | None], *_: Any) -> tuple[Any, ...]:
+def _gradient(ctx: Any, grads: list[Tensor | None], _grad_of_found: None) -> tuple[Any, ...]:
     count = len(grads)
-    *tensors, sigmas = ctx.saved_tensors
-    weights, us, vs = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+    *weights, found = ctx.saved_tensors
     wanted = [i for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[0][i]]
     grad_weights: list[Tensor | None] = [None] * count
     if wanted:
         if len(wanted) < count:
-            sigmas = torch.stack([sigmas[i] for i in wanted])
-        computed = backward(*([column[i] for i in wanted] for column in (grads, weights, us, vs)), sigmas, ctx.backend)
+            found = vectors.of_some(found, weights, wanted)
+        computed = backward([grads[i] for i in wanted], [weights[i] for i in wanted], found, ctx.backend)
         for i, grad_weight in zip(wanted, computed):
             grad_weights[i] = grad_weight
     return grad_weights, [None] * count, [None] * count, None, None, None, None
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    grads, weights, us, vs, _sigmas, _backend = inputs
+    grads, weights, found, _backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*grads, *weights, *us, *vs)
+    ctx.save_for_backward(*grads, *weights, found)
 
 
 def _gradient_of_backward(ctx: Any, cotangents: list[Tensor | None]) -> tuple[Any, ...]:
     """The gradient of <H, (G - <G, W> u v' / sigma) / sigma>, in which sigma is u' W v."""
     count = len(cotangents)
-    saved = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
-    columns = [saved[i * count : (i + 1) * count] for i in range(4)]
-    pairs = [_second(h, *tensors) for h, *tensors in zip(cotangents, *columns)]
+    *saved, found = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
+    grads, weights = saved[:count], saved[count:]
+    _sigmas, us, vs = vectors.parts(found, weights)
+    pairs = [_second(*tensors) for tensors in zip(cotangents, grads, weights, us, vs)]
     grad_grads, grad_weights = map(list, zip(*pairs))
-    return grad_grads, grad_weights, [None] * count, [None] * count, None, None
+    return grad_grads, grad_weights, None, None
 
 
 def _second(h: Tensor | None, grad: Tensor, weight: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor | None, ...]:
@@ -140,17 +139,18 @@ _KERNELS = ("cpu", "triton")
 
 backward = register(
     "spectral_normalize_backward",
-    "(Tensor[] grads, Tensor[] weights, Tensor[] us, Tensor[] vs, Tensor sigmas, str backend) -> Tensor[]",
+    "(Tensor[] grads, Tensor[] weights, Tensor vectors, str backend) -> Tensor[]",
     outputs=_grad_weights,
     kernels=launchers(__package__, "backward", _KERNELS),
     save=_save_backward,
     gradient=_gradient_of_backward,
 )
 
+# The second output is what vectors.py says.
 forward = register(
     "spectral_normalize",
     "(Tensor[] weights, Tensor[] us, Tensor[] vs, int n_power_iterations, float eps, str semantics, str backend)"
-    " -> (Tensor[], Tensor[], Tensor[], Tensor)",
+    " -> (Tensor[], Tensor)",
     outputs=_outputs,
     kernels=launchers(__package__, "forward", _KERNELS),
     save=_save,

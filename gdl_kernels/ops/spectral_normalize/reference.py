@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def spectral_normalize(
-    weights: list[Tensor], us: list[Tensor], vs: list[Tensor], n_power_iterations: int, eps: float, semantics: str
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor], n_power_iterations: int, eps: float,
+    semantics: str,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:  # fmt: skip
     """The normalised weights, new us, new vs and sigmas."""
     each = [_normalize(*one, n_power_iterations, eps, semantics) for one in zip(weights, us, vs)]
     out, new_us, new_vs, sigmas = (list(column) for column in zip(*each))

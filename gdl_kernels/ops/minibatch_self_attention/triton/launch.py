@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -10,12 +11,17 @@ import triton
 from torch import Tensor
 
 from .... import _images, _tuned
-from ...._tuned import Tiles
-from ...sparse_attention.triton.launch import DOT, capability, launch, padded
+from ...._triton import capability, launch
+from ...._tuned import Config
+from ...sparse_attention.triton.launch import DOT, padded
 from . import maps
 
-#: Values that a program of ``pool`` writes: 8 for each thread of four warps.
-POOLED = 1024
+#: How ``pool`` is launched, by whether channels are last; ``values``: that a thread writes, ``channels``: of a tile. So
+#: it goes along memory: all channels of some windows, or many windows of some channels. Not yet timed on any GPU.
+POOL = {
+    True: {"values": 8, "channels": 64, "num_warps": 4},
+    False: {"values": 8, "channels": 8, "num_warps": 4},
+}
 
 
 class Map(NamedTuple):
@@ -49,39 +55,37 @@ class Pooled(NamedTuple):
 #: For 16-bit inputs, by kernel, with up to 128 padded channels. Chosen by what the compiler reports: nothing spills,
 #: and 99 KB of shared memory, what the smaller chips have, are enough. Not yet timed on any GPU.
 TILES = {
-    "forward": Tiles(128, 64, 3, 8),
-    "grad_query": Tiles(64, 32, 3, 4),
-    "grad_key_value": Tiles(64, 32, 3, 8),
-    "double_rows": Tiles(64, 32, 2, 4),
-    "double_columns": Tiles(64, 16, 2, 8),
+    "forward": (128, 64, 3, 8),
+    "grad_query": (64, 32, 3, 4),
+    "grad_key_value": (64, 32, 3, 8),
+    "double_rows": (64, 32, 2, 4),
+    "double_columns": (64, 16, 2, 8),
 }
 
 
-def tiles(kernel: str, capability: int, channels: int, itemsize: int) -> Tiles:
-    """The launch configuration of a kernel: the tuned table's where that has one, else :func:`built_in_tiles`.
+@functools.cache
+def built_in_tiles(kernel: str, channels: int, itemsize: int) -> Config:
+    """How a kernel of :data:`TILES` is launched where no table says otherwise.
 
     Args:
-        capability: the GPU's compute capability, as in ``sm_90``.
         channels: the larger of the padded channel counts.
         itemsize: bytes an element.
     """
-    tuned = _tuned.tiles(capability, "minibatch_self_attention", kernel, channels, itemsize)
-    return tuned or built_in_tiles(kernel, channels, itemsize)
+    return dict(zip(("own", "step", "num_stages", "num_warps"), _tiles(kernel, channels, itemsize)))
 
 
-def built_in_tiles(kernel: str, channels: int, itemsize: int) -> Tiles:
-    """What is launched where no table says otherwise."""
+def _tiles(kernel: str, channels: int, itemsize: int) -> tuple[int, int, int, int]:
     if itemsize == 4:
         # "ieee" products of float32 run on the ordinary cores, operands in registers: small tiles, many warps.
         small = channels > 64 and kernel in ("grad_query", "grad_key_value", "double_rows")
         own = 16 if small or channels > 128 else 32
-        return Tiles(own, 16, 1, 4 if channels <= 64 else 8)
+        return own, 16, 1, 4 if channels <= 64 else 8
     if channels > 128:
-        return Tiles(32, 16, 2, 4)
+        return 32, 16, 2, 4
     if channels > 64 and kernel == "double_rows":
         # Without sm_90's own instruction, which takes 64 queries: those would spill on sm_80. Penalties of gradients go
         # through discriminators, whose attention has at most 64 channels.
-        return Tiles(32, 16, 2, 8)
+        return 32, 16, 2, 8
     return TILES[kernel]
 
 
@@ -108,29 +112,34 @@ class Call:
         picked = pooled if other is None else Map(torch.empty_like(pooled.tensor), pooled.strides)
         winner = torch.empty_like(pooled.tensor, dtype=torch.int8)
         channels = x.shape[1]
-        # Along memory: all channels of some windows, or many windows of some channels.
-        channel_block = min(64 if pooled.strides[1] == 1 else 8, triton.next_power_of_2(channels))
-        window_block = POOLED // channel_block
+        last = pooled.strides[1] == 1
+        config = self._config("pool", (int(last), self.dtype.itemsize), POOL[last])
+        channel_block = min(config["channels"], triton.next_power_of_2(channels))
+        window_block = 32 * config["num_warps"] * config["values"] // channel_block
         blocks = triton.cdiv(channels, channel_block), triton.cdiv(self.n_k, window_block)
         launch(
-            maps.pool, self.batch * blocks[0] * blocks[1], self.device, 4, 1,
+            maps.pool, self.batch * blocks[0] * blocks[1], self.device,
             source.tensor, pooled.tensor, winner, None if other is None else second.tensor, picked.tensor,
             source.strides, pooled.strides, second.strides, channels, self.n_k, self.width, *blocks,
-            CHANNELS=channel_block, WINDOWS=window_block,
+            CHANNELS=channel_block, WINDOWS=window_block, num_warps=config["num_warps"],
         )  # fmt: skip
         return Pooled(pooled, picked, winner)
 
     def launch(self, name: str, kernel: Any, *args: Any) -> None:
         """Launch a kernel whose programs own queries, or keys where ``name`` says so."""
         block_c, block_v = padded(self.channels), padded(self.value_channels)
-        config = tiles(name, capability(self.device), max(block_c, block_v), self.dtype.itemsize)
+        key = max(block_c, block_v), self.dtype.itemsize
+        config = self._config(name, key, built_in_tiles(name, *key))
         owned = self.n_k if name in ("grad_key_value", "double_columns") else self.n_q
         launch(
-            kernel, self.batch * triton.cdiv(owned, config.own), self.device, config.num_warps, config.num_stages,
-            *args, self.n_q, self.n_k, self.scale,
-            C=self.channels, CV=self.value_channels, BLOCK_C=block_c, BLOCK_V=block_v, OWN=config.own,
-            STEP=config.step, DOT=DOT[self.dtype], L2=self.l2,
+            kernel, self.batch * triton.cdiv(owned, config["own"]), self.device, *args, self.n_q, self.n_k, self.scale,
+            C=self.channels, CV=self.value_channels, BLOCK_C=block_c, BLOCK_V=block_v, OWN=config["own"],
+            STEP=config["step"], DOT=DOT[self.dtype], L2=self.l2, num_stages=config["num_stages"],
+            num_warps=config["num_warps"],
         )  # fmt: skip
+
+    def _config(self, kernel: str, key: tuple[int, ...], built_in: Config) -> Config:
+        return _tuned.configuration(capability(self.device), "minibatch_self_attention", kernel, key, built_in)
 
     def rows(self, count: int) -> list[Tensor]:
         """A number for each query, several."""

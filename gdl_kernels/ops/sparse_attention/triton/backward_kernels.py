@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...._triton import launch
 from .dropout import Dropout, load_seed, survives
-from .launch import Call, launch, padded
+from .launch import Call, padded
 from .walk import (
     SCALARS,
     Keys,
@@ -253,8 +254,8 @@ def _grad_key_value(
     store_rows(v_out, positions, inside, grad_v_strides, grad_v, DV, BLOCK_DV)
 
 
-#: Queries that a program of ``_row_terms`` owns.
-_ROW_TERMS = 64
+#: How ``_row_terms`` is launched; ``own``: queries of a program. Not yet timed on any GPU.
+_ROW_TERMS = {"own": 64, "num_warps": 4}
 
 
 def backward(
@@ -265,19 +266,21 @@ def backward(
     grad_query, grad_key, grad_value = outputs
     call = Call(query, key, value, *rest)
     delta, lse_log2 = call.empty_like_rows(2)
-    n_tiles = triton.cdiv(call.n_q, _ROW_TERMS)
+    block_dv = padded(call.value_dim)
+    config = call.config("row_terms", (block_dv, call.dtype.itemsize), _ROW_TERMS)
+    n_tiles = triton.cdiv(call.n_q, config["own"])
     launch(
-        _row_terms, n_tiles * call.batch * call.heads, call.device, 4, 1,
+        _row_terms, n_tiles * call.batch * call.heads, call.device,
         out, grad_out, lse.contiguous(), grad_lse if grad_lse is None else grad_lse.contiguous(), delta, lse_log2,
         out.stride(), grad_out.stride(), call.heads, call.n_q, n_tiles,
-        DV=call.value_dim, BLOCK_DV=padded(call.value_dim), OWN=_ROW_TERMS,
+        DV=call.value_dim, BLOCK_DV=block_dv, OWN=config["own"], num_warps=config["num_warps"],
     )  # fmt: skip
 
     config, constants = call.tiles("grad_query")
-    n_tiles, programs, whole = call.row_work(config.own)
+    n_tiles, programs, whole = call.row_work(config["own"])
     launch(
-        _grad_query, programs, call.device, config.num_warps, config.num_stages,
-        query, key, value, *call.key_descriptors(key, value, config.step), grad_out, grad_query, delta, lse_log2,
+        _grad_query, programs, call.device,
+        query, key, value, *call.key_descriptors(key, value, config["step"]), grad_out, grad_query, delta, lse_log2,
         *call.tensors(call.rows),
         query.stride(), key.stride(), value.stride(), grad_out.stride(), grad_query.stride(),
         *call.scalars(call.rows, n_tiles, whole), **constants,
@@ -285,11 +288,11 @@ def backward(
 
     config, constants = call.tiles("grad_key_value")
     summed = call.summed()
-    n_tiles, programs, whole = call.column_work(config.own, summed)
+    n_tiles, programs, whole = call.column_work(config["own"], summed)
     with call.summed_over_groups(grad_key, grad_value) as (partial_key, partial_value):
         launch(
-            _grad_key_value, programs, call.device, config.num_warps, config.num_stages,
-            query, key, value, grad_out, *call.query_descriptors(query, grad_out, config.step),
+            _grad_key_value, programs, call.device,
+            query, key, value, grad_out, *call.query_descriptors(query, grad_out, config["step"]),
             partial_key, partial_value, delta, lse_log2, *call.tensors(call.columns),
             query.stride(), key.stride(), value.stride(), grad_out.stride(),
             partial_key.stride(), partial_value.stride(),

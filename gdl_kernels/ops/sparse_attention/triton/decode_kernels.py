@@ -7,15 +7,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...._triton import launch
 from .dropout import Dropout, load_seed, survives
-from .launch import Call, decode_splits, launch, padded
+from .launch import Call, decode_splits, padded
 from .walk import SCALARS, Keys, first_position, kept_keys_of_row, key_tile, list_bounds, load_rows, n_seen_keys
 
 #: Up to how many queries a call is decoding.
 DECODED_QUERIES = 16
 
+#: The most heads that a program has; 16 of them go through an instruction.
+MEMBERS = 64
+
 #: The most programs that share a row.
 MAX_SPLITS = 32
+
+#: How parts are merged. Not yet timed on any GPU.
+MERGE = {"num_warps": 4}
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -123,26 +130,27 @@ def decode(call: Call, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, val
     """Fill ``out`` and ``lse`` of a call of few queries. Two launches, or one where no row is split."""
     config, constants = call.tiles("decode")
     sharing = call.group if call.list_step == call.order_step == 0 else 1
-    members = min(config.own, padded(sharing))
+    members = min(MEMBERS, padded(sharing))
     chunks = triton.cdiv(sharing, members)
     programs = call.batch * call.heads // sharing * chunks * call.n_q
-    n_splits = decode_splits(call.device, programs, MAX_SPLITS)
+    n_splits = decode_splits(call.device, programs, config["programs"], MAX_SPLITS)
     parts, part_lse = out[:, :, :, None], lse
     if n_splits > 1:
         shape = (call.batch, call.heads, call.n_q, n_splits)
         # Rows as wide as a tile: their strides, multiples of 16 whatever the lengths, compile one variant.
         parts = torch.empty(*shape, constants["BLOCK_DV"], dtype=torch.float32, device=call.device)
         part_lse = torch.empty(shape, dtype=torch.float32, device=call.device)
-    del constants["OWN"]
     launch(
-        _decode, programs * n_splits, call.device, config.num_warps, config.num_stages,
+        _decode, programs * n_splits, call.device,
         query, key, value, parts, part_lse, *call.tensors(call.rows), call.places,
         query.stride(), key.stride(), value.stride(), parts.stride(),
         *call.scalars(call.rows, 0, False), sharing, n_splits, MEMBERS=members, **constants,
     )  # fmt: skip
     if n_splits > 1:
+        block_dv = constants["BLOCK_DV"]
         launch(
-            _merge, call.batch * call.heads * call.n_q, call.device, 4, 1,
+            _merge, call.batch * call.heads * call.n_q, call.device,
             parts, part_lse, out, lse, out.stride(), call.heads, call.n_q, n_splits,
-            DV=call.value_dim, BLOCK_DV=constants["BLOCK_DV"], MAX_SPLITS=MAX_SPLITS,
+            DV=call.value_dim, BLOCK_DV=block_dv, MAX_SPLITS=MAX_SPLITS,
+            **call.config("merge", (block_dv,), MERGE),
         )  # fmt: skip

@@ -20,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...._triton import launch
 from .dropout import Dropout, load_seed, survives
-from .launch import Call, launch
+from .launch import Call
 from .walk import (
     SCALARS,
     Keys,
@@ -300,9 +301,9 @@ def double_backward(
     strides = tuple(t.stride() for t in given)
 
     config, constants = call.tiles("double_rows")
-    n_tiles, programs, whole = call.row_work(config.own)
+    n_tiles, programs, whole = call.row_work(config["own"])
     launch(
-        _double_rows, programs, call.device, config.num_warps, config.num_stages,
+        _double_rows, programs, call.device,
         *given, lse, grad_lse if grad_lse is None else grad_lse.contiguous(),
         grad_query, grad_grad_out, grad_grad_lse, delta, rho, *call.tensors(call.rows),
         *strides, grad_query.stride(), grad_grad_out.stride(),
@@ -311,10 +312,10 @@ def double_backward(
 
     config, constants = call.tiles("double_columns")
     summed = call.summed()
-    n_tiles, programs, whole = call.column_work(config.own, summed)
+    n_tiles, programs, whole = call.column_work(config["own"], summed)
     with call.summed_over_groups(grad_key, grad_value) as (partial_key, partial_value):
         launch(
-            _double_columns, programs, call.device, config.num_warps, config.num_stages,
+            _double_columns, programs, call.device,
             *given, lse, delta, grad_grad_lse, rho, partial_key, partial_value, *call.tensors(call.columns),
             *strides, partial_key.stride(), partial_value.stride(),
             *call.scalars(call.columns, n_tiles, whole), summed, **constants,

@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...._triton import launch
 from .decode_kernels import DECODED_QUERIES, decode
 from .dropout import Dropout, load_seed, survives
-from .launch import Call, launch
+from .launch import Call
 from .walk import (
     SCALARS,
     Keys,
@@ -142,10 +143,10 @@ def forward(outputs: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: T
         decode(call, out, lse, query, key, value)
         return
     config, constants = call.tiles("forward")
-    n_tiles, programs, whole = call.row_work(config.own)
+    n_tiles, programs, whole = call.row_work(config["own"])
     launch(
-        _forward, programs, call.device, config.num_warps, config.num_stages,
-        query, key, value, *call.key_descriptors(key, value, config.step), out, lse, *call.tensors(call.rows),
+        _forward, programs, call.device,
+        query, key, value, *call.key_descriptors(key, value, config["step"]), out, lse, *call.tensors(call.rows),
         query.stride(), key.stride(), value.stride(), out.stride(),
         *call.scalars(call.rows, n_tiles, whole), **constants,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .... import _native, _tuned
-from ...._tuned import Tiles
+from ...._triton import capability
+from ...._tuned import Config
 from .walk import Lists
 
 #: ``(own, step, num_stages)`` for 16-bit inputs, by the major compute capability that a row was made for, kernel and
@@ -41,8 +42,11 @@ TILES = {
 }
 
 
-def tiles(kernel: str, capability: int, head_dim: int, block_size: int, itemsize: int, dropout: bool) -> Tiles:
-    """The launch configuration of a kernel: the tuned table's where that has one, else :func:`built_in_tiles`.
+@functools.cache
+def built_in_tiles(
+    kernel: str, capability: int, head_dim: int, block_size: int, itemsize: int, dropout: bool
+) -> Config:
+    """How a kernel with tiles is launched where no table says otherwise.
 
     Args:
         kernel: a name in :data:`TILES`, or ``"decode"``, whose programs own heads.
@@ -51,21 +55,14 @@ def tiles(kernel: str, capability: int, head_dim: int, block_size: int, itemsize
         itemsize: bytes an element.
         dropout: whether the kernel draws random numbers.
     """
-    tuned = _tuned.tiles(capability, "sparse_attention", kernel, head_dim, block_size, itemsize, int(dropout))
-    return tuned or built_in_tiles(kernel, capability, head_dim, block_size, itemsize, dropout)
-
-
-def built_in_tiles(
-    kernel: str, capability: int, head_dim: int, block_size: int, itemsize: int, dropout: bool
-) -> Tiles:
-    """What is launched where no table says otherwise."""
     if kernel == "decode":
-        # At most 64 heads of a group, 16 of them in an instruction. Nothing is computed twice and little is computed:
-        # what counts is bytes in flight.
-        return Tiles(64, 32 if itemsize == 4 or head_dim > 128 else 64, 1 if itemsize == 4 else 3, 4)
+        # Nothing is computed twice and little is computed: what counts is bytes in flight. Four programs find work on
+        # each multiprocessor.
+        step, num_stages = 32 if itemsize == 4 or head_dim > 128 else 64, 1 if itemsize == 4 else 3
+        return {"step": step, "programs": 4, "num_stages": num_stages, "num_warps": 4}
     if itemsize == 4:
         # "ieee" products of float32 run on the ordinary cores, operands in registers: small tiles, many warps.
-        return Tiles(min(32, block_size), 16, 1, 4 if head_dim <= 64 else 8)
+        return _tiles(min(32, block_size), 16, 1, 4 if head_dim <= 64 else 8)
     # Only data-centre Hopper (9) and Blackwell (10) have the shared memory that row 9 asks for.
     own, step, num_stages = TILES[9 if capability // 10 in (9, 10) else 8][kernel][max(64, head_dim)]
     own = min(own, block_size)
@@ -73,13 +70,17 @@ def built_in_tiles(
         step = max(16, step // 2)  # or the random numbers of a tile would spill
     if kernel in ("double_rows", "double_columns"):
         # So many tiles at once that a program owns few positions, and warps share their rows.
-        return Tiles(own, step, num_stages, 8 if kernel == "double_rows" and head_dim > 64 else 4)
+        return _tiles(own, step, num_stages, 8 if kernel == "double_rows" and head_dim > 64 else 4)
     if own < 64:
         # Few warps share a tile's loads: a large one would take all their registers for addresses.
         step, num_stages = (16, 2) if kernel == "grad_key_value" else (max(16, min(step, 128 * own // head_dim)), 3)
     # A tensor core instruction takes 16 rows a warp (four warps make Hopper's 64): fewer warps would hold more
     # accumulators than there are registers, more would all compute the same rows.
-    return Tiles(own, step, num_stages, own // 16)
+    return _tiles(own, step, num_stages, own // 16)
+
+
+def _tiles(own: int, step: int, num_stages: int, num_warps: int) -> Config:
+    return {"own": own, "step": step, "num_stages": num_stages, "num_warps": num_warps}
 
 
 #: The dtype that each input dtype is multiplied in. Triton's interpreter can't multiply bfloat16; the products of two
@@ -97,26 +98,17 @@ def padded(features: int) -> int:
 
 
 @functools.cache
-def capability(device: torch.device) -> int:
-    """As in ``sm_90``."""
-    if device.type != "cuda":
-        return 90  # the interpreter has no limits
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-@functools.cache
 def multiprocessors(device: torch.device) -> int:
     # For the interpreter few, so that in tests a row may be split or not.
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def decode_splits(device: torch.device, programs: int, most: int) -> int:
-    """Among how many programs each row is split, so that four find work on each multiprocessor.
+def decode_splits(device: torch.device, programs: int, wanted: int, most: int) -> int:
+    """Among how many programs each row is split, so that ``wanted`` find work on each multiprocessor.
 
     From sizes alone: what a row keeps, and where the queries start, only the GPU knows.
     """
-    return max(1, min(most, 4 * multiprocessors(device) // max(1, programs)))
+    return max(1, min(most, wanted * multiprocessors(device) // max(1, programs)))
 
 
 def _descriptor(tensor: Tensor, positions: int, step: int) -> TensorDescriptor | None:
@@ -166,17 +158,21 @@ class Call:
         self.scale = scale
         self.threshold, self.keep_scale = int(dropout_p * 2**31), 1 / (1 - dropout_p)
 
-    def tiles(self, kernel: str) -> tuple[Tiles, dict[str, Any]]:
+    def tiles(self, kernel: str) -> tuple[Config, dict[str, Any]]:
         """A kernel's tile sizes, and the constants that it is compiled for."""
         block_d, block_dv = padded(self.head_dim), padded(self.value_dim)
-        config = tiles(
-            kernel, capability(self.device), max(block_d, block_dv), self.block_size, self.dtype.itemsize,
-            self.seed is not None,
-        )  # fmt: skip
+        key = max(block_d, block_dv), self.block_size, self.dtype.itemsize, int(self.seed is not None)
+        config = self.config(kernel, key, built_in_tiles(kernel, capability(self.device), *key))
         return config, {
             "D": self.head_dim, "DV": self.value_dim, "BLOCK_D": block_d, "BLOCK_DV": block_dv,
-            "BLOCK": self.block_size, "OWN": config.own, "STEP": config.step, "DOT": DOT[self.dtype],
+            "BLOCK": self.block_size, "STEP": config["step"], "DOT": DOT[self.dtype],
+            "num_stages": config["num_stages"], "num_warps": config["num_warps"],
+            **({"OWN": config["own"]} if "own" in config else {}),
         }  # fmt: skip
+
+    def config(self, kernel: str, key: tuple[int, ...], built_in: Config) -> Config:
+        """The launch configuration of a kernel: the tuned table's where that has one, else its own."""
+        return _tuned.configuration(capability(self.device), "sparse_attention", kernel, key, built_in)
 
     def key_descriptors(self, key: Tensor, value: Tensor, step: int) -> tuple[TensorDescriptor | None, ...]:
         """What the copy engine of sm_90 and later loads ``step`` keys and values by; None where it can't.
@@ -263,17 +259,3 @@ class Call:
         """Float32 ``(B, H, Nq)``, several."""
         shape = (self.batch, self.heads, self.n_q)
         return [torch.empty(shape, dtype=torch.float32, device=self.device) for _ in range(count)]
-
-
-#: Called with what Triton compiled for each launch, None in its interpreter. Tuning looks for spills there.
-observers: list[Callable[[Any], None]] = []
-
-
-def launch(
-    kernel: Any, programs: int, device: torch.device, num_warps: int, num_stages: int, *args: Any, **constants: Any
-) -> None:
-    if programs:
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            compiled = kernel[(programs,)](*args, **constants, num_warps=num_warps, num_stages=num_stages)
-        for observe in observers:
-            observe(compiled)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,21 +11,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..matrices import Matrix, laid_out_like, matrix
+from .... import _tuned
+from ...._triton import capability, launch
+from ...._tuned import Config
+from .. import vectors
 from . import kernels
+from .matrices import Matrix, laid_out_like, matrix
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-#: (rows, columns) that a program multiplies at a time: of wide matrices, and of those with up to NARROW columns. Four
-#: rows of 13,824 columns in float32 are 221 KB, and 29 MB in all 132 programs of an H100: its L2 has 50 MB.
-TILES = {"wide": (4, 1024), "narrow": (32, 64)}
+#: By bytes an element, how each kernel is launched where no table says otherwise; see ``tunable.py``. Four rows of
+#: 13,824 columns in float32 are 221 KB, and 29 MB in all 132 programs of an H100: its L2 has 50 MB. Each thread loads
+#: 16 bytes at a time, from four rows. Not yet timed on any GPU.
+CONFIGS: dict[int, dict[str, Config]] = {
+    size: {
+        "wide_products": {"rows": 4, "values": 64 // size, "num_warps": 2 * size},
+        "narrow_products": {"rows": 32, "values": 32 // size, "num_warps": 2 * size},
+        "merge": {"strip": 128, "values": 16, "num_warps": 4},
+        "finish": {"values": 4, "num_warps": 8},
+        "divide": {"values": 8, "piece": 16384, "num_warps": 8},
+        "gradients": {"values": 8, "piece": 16384, "num_warps": 8},
+    }
+    for size in (2, 4)
+}
+
+#: The most columns of a narrow matrix.
 NARROW = 256
-
-#: Elements that a program divides, or takes the gradient of; and at a time.
-PIECE, CHUNK = 16384, 2048
-
-#: Columns and blocks that are merged at a time; elements of a vector that are normalised at a time.
-STRIP, BLOCKS, VECTOR = 128, 16, 1024
 
 #: (outer, rows, inner) of each matrix.
 Shapes = tuple[tuple[int, int, int], ...]
@@ -36,7 +46,7 @@ class Work(NamedTuple):
     """What the programs of a list of shapes do: int64 tables on the device, and their lengths.
 
     Attributes:
-        products: by how they are launched, (wide or narrow, contiguous, rows on 16 elements): lines of a matrix, its
+        products: by how they are launched, (kernel's name, contiguous, rows on 16 elements): lines of a matrix, its
             first row, the row after its last, where its sums begin.
         sums: how many numbers all sums over rows are.
     """
@@ -48,8 +58,17 @@ class Work(NamedTuple):
     sums: int
 
 
+class Cut(NamedTuple):
+    """What programs own: rows at a time of wide and of narrow matrices, columns of a strip, elements of a piece."""
+
+    wide: int
+    narrow: int
+    strip: int
+    piece: int
+
+
 @functools.lru_cache(maxsize=64)
-def _work(shapes: Shapes, device: torch.device) -> Work:
+def _work(shapes: Shapes, cut: Cut, device: torch.device) -> Work:
     table: list[list[int]] = []
     products: dict[tuple[str, bool, bool], list[list[int]]] = {}
     strips: list[list[int]] = []
@@ -57,16 +76,15 @@ def _work(shapes: Shapes, device: torch.device) -> Work:
     sums = 0
     for i, (outer, rows, inner) in enumerate(shapes):
         columns = outer * inner
-        width = "narrow" if columns <= NARROW else "wide"
-        group = TILES[width][0]
+        name, group = ("narrow_products", cut.narrow) if columns <= NARROW else ("wide_products", cut.wide)
         # Blocks of eight groups, or of as many as leave at most 64 blocks to merge.
         size = max(8, triton.cdiv(rows, 64 * group)) * group
         firsts = range(0, rows, size)
-        items = products.setdefault((width, outer == 1, inner % 16 == 0), [])
+        items = products.setdefault((name, outer == 1, inner % 16 == 0), [])
         items += [[i, first, min(first + size, rows), sums + n * columns] for n, first in enumerate(firsts)]
-        mine = [[i, n] for n in range(triton.cdiv(rows * columns, PIECE))]
+        mine = [[i, n] for n in range(triton.cdiv(rows * columns, cut.piece))]
         table.append([outer, rows, inner, sums, len(firsts), len(pieces), len(mine)])
-        strips += [[i, first] for first in range(0, columns, STRIP)]
+        strips += [[i, first] for first in range(0, columns, cut.strip)]
         pieces += mine
         sums += len(firsts) * columns
     tensors = (torch.tensor(lines, dtype=torch.int64).to(device) for lines in (table, strips, pieces))
@@ -113,38 +131,43 @@ def _captured_addresses(numbers: tuple[int, ...], device: torch.device) -> Tenso
 
 
 def forward(
-    outputs: tuple[list[Tensor], list[Tensor], list[Tensor], Tensor], weights: list[Tensor], us: list[Tensor],
-    vs: list[Tensor], n_power_iterations: int, eps: float, semantics: str, backend: str,
+    outputs: tuple[list[Tensor], Tensor], weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor],
+    n_power_iterations: int, eps: float, semantics: str, backend: str,
 ) -> None:  # fmt: skip
-    out, new_us, new_vs, sigmas = outputs
+    out, found = outputs
+    sigmas, new_us, new_vs = vectors.parts(found, weights)
     matrices = [matrix(weight) for weight in weights]
     wide_us = [u.to(sigmas.dtype).contiguous() for u in us]
     wide_vs = [m.to_memory(v.to(sigmas.dtype)) for m, v in zip(matrices, vs)]
     vs_there = [new_v if m.order is None else torch.empty_like(new_v) for m, new_v in zip(matrices, new_vs)]
     lines = list(zip((m.tensor for m in matrices), out, wide_us, wide_vs, new_us, vs_there))
-    device, dtype = sigmas.device, DTYPES[weights[0].dtype]
-    work, addresses = _work(_shapes(matrices), device), _addresses(lines, device)
+    device, dtype, size = sigmas.device, DTYPES[weights[0].dtype], weights[0].dtype.itemsize
+    configs = {
+        kernel: _config(kernel, size, device)
+        for kernel in ("wide_products", "narrow_products", "merge", "finish", "divide")
+    }
+    work, addresses = _work(_shapes(matrices), _cut(configs), device), _addresses(lines, device)
     sums = torch.empty(work.sums, dtype=sigmas.dtype, device=device)
     aligned = _aligned(m.tensor for m in matrices)
 
-    num_warps = 2 * weights[0].dtype.itemsize  # 16 bytes a thread and load, from four rows
-
     def multiply(left: Any, right: Any, dots: bool, add: bool) -> None:
-        for (width, contiguous, even), items in work.products.items():
-            rows, columns = TILES[width]
-            _launch(
+        for (name, contiguous, even), items in work.products.items():
+            rows = configs[name]["rows"]
+            launch(
                 kernels._products, len(items), device, work.shapes, addresses, items, sums,
-                LEFT=left, RIGHT=right, DOTS=dots, SUMS=add, ROWS=rows, COLUMNS=columns, DTYPE=dtype,
-                CONTIGUOUS=contiguous, ALIGNED=aligned and even, num_warps=num_warps,
+                LEFT=left, RIGHT=right, DOTS=dots, SUMS=add, ROWS=rows, COLUMNS=_values(configs[name]) // rows,
+                DTYPE=dtype, CONTIGUOUS=contiguous, ALIGNED=aligned and even, num_warps=configs[name]["num_warps"],
             )  # fmt: skip
         if add:
-            _launch(
+            strip = configs["merge"]["strip"]
+            launch(
                 kernels._merge, len(work.strips), device, work.shapes, addresses, work.strips, sums,
-                STRIP=STRIP, BLOCKS=BLOCKS,
+                STRIP=strip, BLOCKS=_values(configs["merge"]) // strip, num_warps=configs["merge"]["num_warps"],
             )  # fmt: skip
-        _launch(
+        launch(
             kernels._finish, len(matrices), device, work.shapes, addresses, sigmas, eps,
-            DOTS=dots, SUMS=add, ITERATED=n_power_iterations > 0, CHUNK=VECTOR, num_warps=8,
+            DOTS=dots, SUMS=add, ITERATED=n_power_iterations > 0, CHUNK=_values(configs["finish"]),
+            num_warps=configs["finish"]["num_warps"],
         )  # fmt: skip
 
     if n_power_iterations == 0:
@@ -156,33 +179,35 @@ def forward(
             multiply(left, kernels.NEW_V, dots=True, add=False)
         else:
             multiply(left, right, dots=True, add=True)
-    _launch(
+    launch(
         kernels._divide, len(work.pieces), device, work.shapes, addresses, work.pieces, sigmas,
-        PIECE=PIECE, CHUNK=CHUNK, DTYPE=dtype, ALIGNED=aligned and _aligned(out), num_warps=8,
+        DTYPE=dtype, ALIGNED=aligned and _aligned(out), **_piece(configs["divide"]),
     )  # fmt: skip
     for m, v, new_v in zip(matrices, vs_there, new_vs):
         m.from_memory(v, new_v)
 
 
 def backward(
-    grad_weights: list[Tensor], grads: list[Tensor], weights: list[Tensor], us: list[Tensor], vs: list[Tensor],
-    sigmas: Tensor, backend: str,
-) -> None:  # fmt: skip
+    grad_weights: list[Tensor], grads: list[Tensor], weights: list[Tensor], found: Tensor, backend: str
+) -> None:
+    sigmas, us, vs = vectors.parts(found, weights)
     matrices = [matrix(weight) for weight in weights]
     grads = [laid_out_like(grad, like) for grad, like in zip(grads, grad_weights)]
     there = [m.to_memory(v) for m, v in zip(matrices, vs)]
     tensors = [m.tensor for m in matrices]
-    lines = list(zip(tensors, grad_weights, [u.contiguous() for u in us], there, grads))
-    device = sigmas.device
-    work, addresses = _work(_shapes(matrices), device), _addresses(lines, device)
+    lines = list(zip(tensors, grad_weights, us, there, grads))
+    device, size = sigmas.device, weights[0].dtype.itemsize
+    config = _config("gradients", size, device)
+    # Of pieces alone; the rest is as in most forward passes, with which it then shares its tables.
+    cut = _cut({**CONFIGS[size], "divide": config})
+    work, addresses = _work(_shapes(matrices), cut, device), _addresses(lines, device)
     products = torch.empty(len(work.pieces), dtype=sigmas.dtype, device=device)
     constants = {
-        "PIECE": PIECE, "CHUNK": CHUNK, "DTYPE": DTYPES[weights[0].dtype],
-        "ALIGNED": _aligned([*tensors, *grads, *grad_weights]), "num_warps": 8,
+        "DTYPE": DTYPES[weights[0].dtype], "ALIGNED": _aligned([*tensors, *grads, *grad_weights]), **_piece(config),
     }  # fmt: skip
     tables = work.shapes, addresses, work.pieces
-    _launch(kernels._inner_products, len(work.pieces), device, *tables, products, **constants)
-    _launch(kernels._gradients, len(work.pieces), device, *tables, products, sigmas.contiguous(), **constants)
+    launch(kernels._inner_products, len(work.pieces), device, *tables, products, **constants)
+    launch(kernels._gradients, len(work.pieces), device, *tables, products, sigmas, **constants)
 
 
 def _shapes(matrices: Sequence[Matrix]) -> Shapes:
@@ -194,7 +219,19 @@ def _aligned(tensors: Iterable[Tensor]) -> bool:
     return all(tensor.data_ptr() % 16 == 0 and tensor.numel() % 16 == 0 for tensor in tensors)
 
 
-def _launch(kernel: Any, programs: int, device: torch.device, *args: Any, **constants: Any) -> None:
-    if programs:
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            kernel[(programs,)](*args, **constants)
+def _config(kernel: str, size: int, device: torch.device) -> Config:
+    return _tuned.configuration(capability(device), "spectral_normalize", kernel, (size,), CONFIGS[size][kernel])
+
+
+def _cut(configs: Mapping[str, Config]) -> Cut:
+    wide, narrow = (configs[kernel]["rows"] for kernel in ("wide_products", "narrow_products"))
+    return Cut(wide, narrow, configs["merge"]["strip"], configs["divide"]["piece"])
+
+
+def _values(config: Config) -> int:
+    """What a program takes at a time."""
+    return 32 * config["num_warps"] * config["values"]
+
+
+def _piece(config: Config) -> dict[str, int]:
+    return {"PIECE": config["piece"], "CHUNK": _values(config), "num_warps": config["num_warps"]}
