@@ -1,8 +1,10 @@
 // What every call of an op asks about its arguments; see gdl_kernels/_direct.py and gdl_kernels/_backends.py.
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "bindings.h"
 #include "cpu/huge_pages.h"
@@ -72,11 +74,12 @@ bool is_number_or_name(PyObject* object) {
          PyUnicode_CheckExact(object);
 }
 
-enum Verdict { kDispatch, kDirect, kDirectWithGradient };
+// With a gradient of tensors that are arguments themselves, or also of some in lists.
+enum Verdict { kDispatch, kDirect, kDirectWithGradient, kDirectWithGradientInLists };
 
 // Whether an op's implementation can be called with the arguments as they are, and with `gradients` on whether any of
 // them wants one.
-Verdict look(py::handle arguments, bool gradients) {
+Verdict look(py::handle arguments, bool gradients, bool in_list = false) {
   Verdict verdict = kDirect;
   const auto [first, count] = *items(arguments.ptr());
   for (Py_ssize_t i = 0; i < count; ++i) {
@@ -84,13 +87,16 @@ Verdict look(py::handle arguments, bool gradients) {
     if (torch->is_plain(object)) {
       const std::optional<Tensor> tensor = read(object);
       if (!tensor) return kDispatch;
-      if (tensor->is_integral()) continue;               // the many of a layout
+      if (tensor->is_integral()) {
+        if (in_list) return verdict;  // the many of a layout: one stands for all
+        continue;
+      }
       if (torch->is_negative(object)) return kDispatch;  // what it holds is not what is in its memory
       if (gradients && verdict == kDirect && torch->wants_gradient(object)) verdict = kDirectWithGradient;
     } else if (items(object)) {
-      const Verdict of_items = look(object, gradients && verdict == kDirect);
+      const Verdict of_items = look(object, gradients && verdict != kDirectWithGradientInLists, true);
       if (of_items == kDispatch) return kDispatch;
-      if (of_items == kDirectWithGradient) verdict = kDirectWithGradient;
+      if (of_items != kDirect) verdict = kDirectWithGradientInLists;
     } else if (!is_number_or_name(object)) {
       return kDispatch;
     }
@@ -102,9 +108,10 @@ class Signature {
  public:
   Signature() { bytes_.reserve(1024); }
 
-  // False where arguments have something in them that has no signature.
-  bool add(PyObject* object) {
-    if (torch->is_plain(object)) return add_tensor(object);
+  // False where arguments have something in them that has no signature. Of a tensor that grows along a dimension from
+  // call to call strides are left out, and of its size there is only said which is the first of that size.
+  bool add(PyObject* object, int growing = -1) {
+    if (torch->is_plain(object)) return add_tensor(object, growing);
     if (const auto sequence = items(object)) {
       put('[', sequence->second);
       for (Py_ssize_t i = 0; i < sequence->second; ++i)
@@ -135,14 +142,25 @@ class Signature {
   py::bytes bytes() const { return py::bytes(bytes_); }
 
  private:
-  bool add_tensor(PyObject* object) {
+  bool add_tensor(PyObject* object, int growing) {
     const std::optional<Tensor> tensor = read(object);
     if (!tensor) return false;
     put(torch->wants_gradient(object) ? 'g' : 't', tensor->dtype());
     put('@', tensor->device());
     put(':', tensor->dim());
-    for (int d = 0; d < tensor->dim(); ++d) put(',', std::array{tensor->size(d), tensor->stride(d)});
+    for (int d = 0; d < tensor->dim(); ++d)
+      if (growing < 0)
+        put(',', std::array{tensor->size(d), tensor->stride(d)});
+      else
+        put('~', d == growing ? place_of(tensor->size(d)) : tensor->size(d));
     return true;
+  }
+
+  std::int64_t place_of(std::int64_t size) {
+    const auto found = std::find(grown_.begin(), grown_.end(), size);
+    const std::int64_t place = found - grown_.begin();
+    if (found == grown_.end()) grown_.push_back(size);
+    return place;
   }
 
   template <typename T>
@@ -154,12 +172,20 @@ class Signature {
   }
 
   std::string bytes_;
+  std::vector<std::int64_t> grown_;
 };
 
-std::optional<py::bytes> signature(py::handle arguments) {
-  Signature made;
-  if (!made.add(arguments.ptr())) return std::nullopt;
-  return made.bytes();
+// A function of an op's name, a backend's and the arguments of a call, that gives its signature. growing[i]: the
+// dimension along which argument i grows from call to call, or -1.
+py::cpp_function signature(const std::vector<int>& growing) {
+  return [growing](py::handle op, py::handle backend, const py::tuple& arguments) -> std::optional<py::bytes> {
+    Signature made;
+    if (!made.add(op.ptr()) || !made.add(backend.ptr())) return std::nullopt;
+    const auto [first, count] = *items(arguments.ptr());
+    for (std::size_t i = 0; i < static_cast<std::size_t>(count); ++i)
+      if (!made.add(first[i], i < growing.size() ? growing[i] : -1)) return std::nullopt;
+    return made.bytes();
+  };
 }
 
 // Outputs of at least so many bytes: the C library may take such memory from the system, and give it back, at every
@@ -181,7 +207,7 @@ const Binding binding([](py::module_& module) {
   torch = new Torch;  // the types live as long as the process
   module.def("look",
              [](const py::tuple& arguments, bool gradients) { return static_cast<int>(look(arguments, gradients)); });
-  module.def("signature", [](const py::tuple& arguments) { return signature(arguments); });
+  module.def("signature", &signature);
   module.def("prefer_huge_pages", &prefer_huge_pages_for);
 });
 

@@ -1,56 +1,84 @@
-#include <tuple>
+#include <deque>
+#include <string>
 
-#include "bindings.h"
+#include "bindings_cpu_images.h"
 #include "cpu/minibatch_self_attention.h"
 
 namespace {
 
-using Address = std::uintptr_t;
-// (address, strides of images and lines, whether channels are last)
-using Tensor = std::tuple<Address, std::int64_t, std::int64_t, bool>;
-// (batch, channels, value channels, height, width, pool, scale, l2, threads)
-using Call = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, int, double, bool, int>;
+using namespace gdl;
 
-gdl::Map map(const Tensor& tensor) {
-  const auto& [address, image, line, last] = tensor;
-  return {gdl::pointer<void>(address), image, line, last};
+// What all passes take. To be made and destroyed with the GIL held.
+class Call {
+ public:
+  Call(const Tensor& query, const Tensor& value, double scale, int pool, const std::string& score, int threads)
+      : dtype(query.dtype_name()) {
+    const bool l2 = score == "l2";
+    attention = {query.size(0), query.size(1), value.size(1), query.size(2), query.size(3), pool, scale, l2, threads};
+    attention.threads = threads_for(attention.batch * attention.pixels() * attention.keys(), threads);
+  }
+
+  // Each in its own memory format.
+  Map map(const Tensor& x) {
+    ImageReader& reader = readers_.emplace_back(x);
+    const Lines<void> lines = reader.lines<void>(x);
+    return {lines.data, lines.image, lines.line, reader.images().channels_last};
+  }
+
+  void* contiguous(const Tensor& x) { return copies_.contiguous(x).data<void>(); }
+
+  const std::string dtype;
+  MapAttention attention{};
+
+ private:
+  std::deque<ImageReader> readers_;
+  Copies copies_;
+};
+
+void forward(const Tensor& out, const Tensor& lse, const Tensor& query, const Tensor& key, const Tensor& value,
+             double scale, int pool, const std::string& score, int threads) {
+  Call call(query, value, scale, pool, score, threads);
+  const Map query_map = call.map(query), key_map = call.map(key), value_map = call.map(value), out_map = call.map(out);
+  const pybind11::gil_scoped_release without_gil;
+  minibatch_self_attention_forward(call.dtype, call.attention, query_map, key_map, value_map, out_map,
+                                   lse.data<void>());
 }
 
-gdl::MapAttention attention(const Call& given) {
-  const auto& [batch, channels, value_channels, height, width, pool, scale, l2, threads] = given;
-  return {batch, channels, value_channels, height, width, pool, scale, l2, threads};
+void backward(const Tensor& grad_query, const Tensor& grad_key, const Tensor& grad_value, const Tensor& grad_out,
+              const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out, const Tensor& lse,
+              double scale, int pool, const std::string& score, int threads) {
+  Call call(query, value, scale, pool, score, threads);
+  const Map to_query = call.map(grad_query), to_key = call.map(grad_key), to_value = call.map(grad_value);
+  const Map grad_map = call.map(grad_out), query_map = call.map(query), key_map = call.map(key);
+  const Map value_map = call.map(value), out_map = call.map(out);
+  const void* lse_data = call.contiguous(lse);
+  const pybind11::gil_scoped_release without_gil;
+  minibatch_self_attention_backward(call.dtype, call.attention, grad_map, query_map, key_map, value_map, out_map,
+                                    lse_data, to_query, to_key, to_value);
 }
 
-void forward(const std::string& dtype, const Call& call, const Tensor& query, const Tensor& key, const Tensor& value,
-             const Tensor& out, Address lse) {
-  gdl::minibatch_self_attention_forward(dtype, attention(call), map(query), map(key), map(value), map(out),
-                                        gdl::pointer<void>(lse));
+void double_backward(const Tensor& grad_grad_out, const Tensor& grad_query, const Tensor& grad_key,
+                     const Tensor& grad_value, const Tensor& grad_grad_query, const Tensor& grad_grad_key,
+                     const Tensor& grad_grad_value, const Tensor& grad_out, const Tensor& query, const Tensor& key,
+                     const Tensor& value, const Tensor& out, const Tensor& lse, double scale, int pool,
+                     const std::string& score, int threads) {
+  Call call(query, value, scale, pool, score, threads);
+  const Map to_grad_out = call.map(grad_grad_out), to_query = call.map(grad_query), to_key = call.map(grad_key);
+  const Map to_value = call.map(grad_value), along_query = call.map(grad_grad_query);
+  const Map along_key = call.map(grad_grad_key), along_value = call.map(grad_grad_value);
+  const Map grad_map = call.map(grad_out), query_map = call.map(query), key_map = call.map(key);
+  const Map value_map = call.map(value), out_map = call.map(out);
+  const void* lse_data = call.contiguous(lse);
+  const pybind11::gil_scoped_release without_gil;
+  minibatch_self_attention_double_backward(call.dtype, call.attention, along_query, along_key, along_value, grad_map,
+                                           query_map, key_map, value_map, out_map, lse_data, to_grad_out, to_query,
+                                           to_key, to_value);
 }
 
-void backward(const std::string& dtype, const Call& call, const Tensor& grad_out, const Tensor& query,
-              const Tensor& key, const Tensor& value, const Tensor& out, Address lse, const Tensor& grad_query,
-              const Tensor& grad_key, const Tensor& grad_value) {
-  gdl::minibatch_self_attention_backward(dtype, attention(call), map(grad_out), map(query), map(key), map(value),
-                                         map(out), gdl::pointer<const void>(lse), map(grad_query), map(grad_key),
-                                         map(grad_value));
-}
-
-void double_backward(const std::string& dtype, const Call& call, const Tensor& grad_grad_query,
-                     const Tensor& grad_grad_key, const Tensor& grad_grad_value, const Tensor& grad_out,
-                     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& out, Address lse,
-                     const Tensor& grad_grad_out, const Tensor& grad_query, const Tensor& grad_key,
-                     const Tensor& grad_value) {
-  gdl::minibatch_self_attention_double_backward(
-      dtype, attention(call), map(grad_grad_query), map(grad_grad_key), map(grad_grad_value), map(grad_out), map(query),
-      map(key), map(value), map(out), gdl::pointer<const void>(lse), map(grad_grad_out), map(grad_query), map(grad_key),
-      map(grad_value));
-}
-
-const gdl::Binding binding([](pybind11::module_& module) {
-  const pybind11::call_guard<pybind11::gil_scoped_release> without_gil;
-  module.def("minibatch_self_attention_forward", &forward, without_gil);
-  module.def("minibatch_self_attention_backward", &backward, without_gil);
-  module.def("minibatch_self_attention_double_backward", &double_backward, without_gil);
+const Binding binding([](pybind11::module_& module) {
+  module.def("minibatch_self_attention_forward", &forward);
+  module.def("minibatch_self_attention_backward", &backward);
+  module.def("minibatch_self_attention_double_backward", &double_backward);
 });
 
 }  // namespace

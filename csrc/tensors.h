@@ -7,6 +7,8 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 namespace gdl {
 
@@ -115,6 +117,21 @@ class Tensor {
 
   inline static pybind11::handle type_;
   inline static const dlpack::ExchangeApi* api_ = nullptr;
+};
+
+// Tensors made for a kernel of others that don't lie as it reads them, kept while it runs. To be made and destroyed
+// with the GIL held.
+class Copies {
+ public:
+  Tensor keep(pybind11::object made) {
+    kept_.push_back(std::move(made));
+    return Tensor(kept_.back());
+  }
+
+  Tensor contiguous(const Tensor& x) { return x.is_contiguous() ? x : keep(x.object().attr("contiguous")()); }
+
+ private:
+  std::vector<pybind11::object> kept_;
 };
 
 }  // namespace gdl

@@ -21,6 +21,22 @@ def to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+#: Whether autocast is on for any device: to ask that of one takes longer, and most often it is on for none.
+autocast_is_on = torch._C._is_any_autocast_enabled
+
+
+def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of a call as autocast has those of PyTorch's own attention: what is floating, and not double."""
+    return tuple(map(_in_autocast, tensors))
+
+
+def _in_autocast(x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 def check_floating(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")

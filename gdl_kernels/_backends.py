@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -26,8 +27,13 @@ Reasons = Callable[..., list[str]]
 #: Kinds of calls whose backend is remembered, some 200 bytes each.
 REMEMBERED = 4096
 
-#: By a call's signature, the backend that serves it.
-_served: dict[bytes, str] = {}
+#: What the check of a call finds: the backend that serves it, and what else is the same for all calls of its kind.
+Found = TypeVar("Found")
+
+#: By a call's signature, what its check has found.
+_served: dict[bytes, Any] = {}
+
+_is_compiling = torch.compiler.is_compiling  # asked in every call
 
 #: Open regions, the innermost last.
 _regions: list[tuple[str]] = []
@@ -91,29 +97,33 @@ class Choices:
     reasons: Mapping[str, Reasons]
     examples: Examples
 
-    def serving(self, check: Callable[..., str]) -> Callable[..., str]:
-        """``check(backend, *args)``, which checks a call and picks its backend, made once for each kind of call.
+    def serving(self, check: Callable[..., Found], growing: Mapping[str, int] | None = None) -> Callable[..., Found]:
+        """``check(backend, *args)``, which checks a call and finds its backend, made once for each kind of call.
 
         It may look at all that a call's arguments are but for the numbers in tensors: two calls are of a kind when
         their tensors agree in type, dtype, device, sizes, strides and in whether they want a gradient, and the rest of
         their arguments is the same. With others than plain tensors, numbers, strings and dtypes it is made every time.
+
+        ``growing``: by the name of a tensor, a dimension along which it may be longer at every call, as a cache is. Of
+        such tensors the check may look at which are of one size there, not at how long they are, and at no strides.
         """
         native, _ = _native.cpu()
-        signature = native.signature if native is not None else None
+        names = list(inspect.signature(check).parameters)[1:]
+        signature = native.signature([(growing or {}).get(name, -1) for name in names]) if native is not None else None
 
-        def serving(backend: str | None, *args: Any) -> str:
+        def serving(backend: str | None, *args: Any) -> Found:
             name = backend if backend is not None else _regions[-1][0] if _regions else _environment
-            if signature is None or torch.compiler.is_compiling():
+            if signature is None or _is_compiling():
                 return check(name, *args)
-            key = signature((self.op, name, args))
-            chosen = _served.get(key)
-            if chosen is None:
-                chosen = check(name, *args)
+            key = signature(self.op, name, args)
+            found = _served.get(key)
+            if found is None:
+                found = check(name, *args)
                 if key is not None:
                     if len(_served) >= REMEMBERED:
                         _served.clear()
-                    _served[key] = chosen
-            return chosen
+                    _served[key] = found
+            return found
 
         return serving
 

@@ -39,8 +39,8 @@ _AUTOGRAD = DispatchKey.AutogradFunctionality
 _TENSORS = ("Tensor", "Optional[Tensor]")
 _TENSOR_LIST = "List[Tensor]"
 
-#: How a call goes: through the dispatcher, past it, or past it with a gradient.
-DISPATCHED, DIRECT, DIRECT_WITH_GRADIENT = range(3)
+#: How a call goes: through the dispatcher, past it, or past it with a gradient, which tensors in lists may want too.
+DISPATCHED, DIRECT, DIRECT_WITH_GRADIENT, DIRECT_WITH_GRADIENT_IN_LISTS = range(4)
 
 _cpu, _ = _native.cpu()
 _look = _cpu.look if _cpu is not None else None
@@ -77,9 +77,11 @@ def direct(
     types, outputs = ([str(t.type) for t in side] for side in (schema.arguments, schema.returns))
     floats = [place for place, kind in enumerate(types) if kind == "float"]
     with_gradient: Callable[..., Any] = dispatched
+    with_gradient_in_lists: Callable[..., Any] = dispatched
     if save is not None and gradient is not None:
-        differentiable = _differentiable_with_lists if _TENSOR_LIST in types + outputs else _differentiable
-        with_gradient = differentiable(dispatched, implementation, save, gradient)
+        given = dispatched, implementation, save, gradient
+        with_gradient_in_lists = _differentiable_with_lists(*given)
+        with_gradient = with_gradient_in_lists if _TENSOR_LIST in outputs else _differentiable(*given)
 
     def by(way: int, args: tuple[Any, ...]) -> Any:
         if way == DISPATCHED:
@@ -87,7 +89,9 @@ def direct(
         for place in floats:
             if type(args[place]) is not float:  # the dispatcher too makes it one
                 args = (*args[:place], float(args[place]), *args[place + 1 :])
-        return with_gradient(*args) if way == DIRECT_WITH_GRADIENT else implementation(*args)
+        if way == DIRECT:
+            return implementation(*args)
+        return with_gradient(*args) if way == DIRECT_WITH_GRADIENT else with_gradient_in_lists(*args)
 
     def call(*args: Any) -> Any:
         return by(way_of(schema.name, args), args)
@@ -117,7 +121,7 @@ def way_of(name: str, args: tuple[Any, ...]) -> int:
     ):
         return DISPATCHED
     way: int = _look(args, _gradients_are_on())  # csrc/bindings_cpu_calls.cpp
-    return DIRECT if way == DIRECT_WITH_GRADIENT and _excluded(_AUTOGRAD) else way
+    return DIRECT if way > DIRECT and _excluded(_AUTOGRAD) else way
 
 
 def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
@@ -136,12 +140,21 @@ def _differentiable(
     save: Callable[..., None],
     gradient: Callable[..., Any],
 ) -> Callable[..., Any]:
+    """An op to autograd. Lists it takes for constants, which ``ctx.needs_input_grad`` has one False for each."""
+    lists = [place for place, argument in enumerate(dispatched._schema.arguments) if str(argument.type) == _TENSOR_LIST]
+
     def forward(ctx: Any, *args: Any) -> Any:
         out = implementation(*args)
         save(ctx, args, out)
         return out
 
-    return _apply(dispatched, forward, gradient)
+    def backward(ctx: Any, *grads: Any) -> Any:
+        found = list(gradient(ctx, *grads))
+        for place in lists:
+            found[place] = None  # and not one for each of its tensors
+        return tuple(found)
+
+    return _apply(dispatched, forward, backward if lists else gradient)
 
 
 def _differentiable_with_lists(

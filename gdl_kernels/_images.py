@@ -94,16 +94,6 @@ def lines(x: Tensor, last: bool) -> Lines:
     return Lines(x.contiguous(), channels * pixels, pixels)
 
 
-def array(x: Tensor, last: bool, kept: list[Tensor]) -> tuple[int, int, int]:
-    """What a binding takes of it: address, strides of images and of lines. A copy that it is of is put in ``kept``."""
-    if not last and x.is_contiguous():
-        strides = x.stride()
-        return x.data_ptr(), strides[0], strides[1]
-    found = lines(x, last)
-    kept.append(found.tensor)
-    return found.array()
-
-
 def _pixel_stride(x: Tensor) -> int | None:
     """The stride from pixel to pixel, if one stride walks all spatial dimensions."""
     pixel = after = None

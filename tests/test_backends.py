@@ -178,18 +178,19 @@ def test_regions_of_threads_may_end_in_any_order() -> None:
 needs_native = pytest.mark.skipif(bool(_native.missing("cpu")), reason="no C++ kernels")
 
 
-def counted() -> tuple[Callable[..., str], list[tuple[Any, ...]]]:
+def counted(growing: dict[str, int] | None = None) -> tuple[Callable[..., str], list[tuple[Any, ...]]]:
     """A check that refuses numbers below zero, and the calls that it was made for."""
     made: list[tuple[Any, ...]] = []
     choices_of_it = choices(f"an op of {uuid.uuid4()}", cpu=[])
 
-    def check(backend: str | None, *args: Any) -> str:
+    def check(backend: str | None, first: Any, second: Any = None, *rest: Any) -> str:
+        args = first, second, *rest
         made.append(args)
         if any(type(a) is float and a < 0 for a in args):
             raise ValueError("below zero")
         return choices_of_it.pick(CPU, backend)
 
-    return choices_of_it.serving(check), made
+    return choices_of_it.serving(check, growing), made
 
 
 @needs_native
@@ -217,6 +218,30 @@ def test_calls_that_differ_in_anything_but_numbers_of_tensors_are_of_other_kinds
     for kind in kinds:
         assert serving(backend, *kind) == "cpu"
     assert len(made) == len(kinds)
+
+
+@needs_native
+def test_tensors_may_grow_and_be_of_a_kind() -> None:
+    serving, made = counted({"first": 1, "second": 0})
+    table = torch.randn(90, 90)
+    for n in (3, 4, 70):
+        for first in (table[:2, :n], table[:2, :n].clone(), table[:n, :2].t()):  # strides differ
+            serving(None, first, table[:n], 0)
+    assert len(made) == 1
+    kinds: list[tuple[Any, ...]] = [
+        (table[:2, :5], table[:6], 0),  # not of one size
+        (table[:3, :5], table[:5], 0),
+        (table[:2, :5], table[:5, :80], 0),
+        (table[:2, :5, None], table[:5], 0),
+        (table[:2, :5].double(), table[:5], 0),
+        (table[:2, :5], table[:5].detach().requires_grad_(), 0),
+        (table[:2, :5], None, 0),
+        (None, table[:5], 0),
+        (table[:2, :5], table[:5], 1),
+    ]
+    for kind in kinds * 2:
+        serving(None, *kind)
+    assert len(made) == 1 + len(kinds)
 
 
 @needs_native

@@ -92,12 +92,23 @@ class Layout:
     order: Tensor
     rest: Layout | None = None
     places: Tensor = field(init=False)
+    # What tensors() and sizes() give: every call of a kernel asks.
+    _tensors: tuple[Tensor, ...] = field(init=False)
+    _sizes: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         n = torch.arange(self.order.shape[1], dtype=torch.int32, device=self.order.device)
         places = torch.empty_like(self.order).scatter_(1, self.order.long(), n.expand_as(self.order))
         object.__setattr__(self, "places", places)
-        for tensor in self.tensors():
+        rows, columns = self.rows, self.columns
+        tensors = (
+            rows.starts, rows.splits, rows.blocks, rows.masks, rows.longest_first,
+            columns.starts, columns.splits, columns.blocks, columns.masks, columns.longest_first,
+            self.mask_table, self.order, self.places,
+        )  # fmt: skip
+        object.__setattr__(self, "_tensors", tensors)
+        object.__setattr__(self, "_sizes", (self.n_q, self.n_k, self.block_size, int(self.causal)))
+        for tensor in tensors:
             _mark_dynamic(tensor)
 
     @property
@@ -199,18 +210,13 @@ class Layout:
 
         return plot(self, path)
 
-    def tensors(self) -> list[Tensor]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """What the kernels read, in the order in which every launcher unpacks it."""
-        rows, columns = self.rows, self.columns
-        return [
-            rows.starts, rows.splits, rows.blocks, rows.masks, rows.longest_first,
-            columns.starts, columns.splits, columns.blocks, columns.masks, columns.longest_first,
-            self.mask_table, self.order, self.places,
-        ]  # fmt: skip
+        return self._tensors
 
-    def sizes(self) -> list[int]:
+    def sizes(self) -> tuple[int, ...]:
         """What the kernels are told besides: ``n_q``, ``n_k``, ``block_size``, and 1 where the layout is causal."""
-        return [self.n_q, self.n_k, self.block_size, int(self.causal)]
+        return self._sizes
 
     def to_mask(self) -> Tensor:
         """The layout as bool ``(heads, n_q, n_k)``, or ``(n_q, n_k)`` where all heads share one. Dense memory."""

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gdl_kernels
-from gdl_kernels import _native, nn, positional_embedding
+from gdl_kernels import _backends, _native, nn, positional_embedding
 from gdl_kernels.ops.positional_embedding import op
 from gdl_kernels.ops.positional_embedding.phases import phase_steps
 from tests.accuracy import assert_accurate
@@ -474,8 +474,19 @@ TABLE = torch.ones(4, 6)
 def test_bad_input(
     backend: str | None, tokens: Any, weight: Any, call: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error, match=message):
-        positional_embedding(tokens, weight, backend=backend, **call)
+    for _ in range(2):  # nor is it taken for the good one, which is remembered
+        assert positional_embedding(IDS, TABLE, backend=backend).shape == (2, 2, 6)
+        with pytest.raises(error, match=message):
+            positional_embedding(tokens, weight, backend=backend, **call)
+
+
+@pytest.mark.skipif(bool(_native.missing("cpu")), reason="no C++ kernels, no calls remembered")
+def test_decoding_is_one_kind_of_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each token would be checked anew, and remembered."""
+    monkeypatch.setattr(_backends, "_served", {})
+    for start in range(9):
+        positional_embedding(IDS, TABLE, start=start)
+    assert len(_backends._served) == 1
 
 
 @pytest.mark.skipif(INTERPRETING, reason="of the C++ kernels")

@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import warnings
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gdl_kernels
-from gdl_kernels import _backends, layouts, sparse_attention
+from gdl_kernels import _backends, _native, layouts, sparse_attention
 from gdl_kernels.ops.sparse_attention import op
 from tests.accuracy import assert_accurate
 from tests.ops.sparse_attention_cases import CASES, Case, check, check_second, inputs, outputs_and_gradients, scattered
@@ -479,8 +480,76 @@ def test_the_good_call_is_good() -> None:
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_bad_input_is_named(changes: dict[str, Any], error: type[Exception], says: str) -> None:
-    with pytest.raises(error, match=says):
-        call(**changes)
+    for _ in range(2):  # nor is it taken for the good one, which is remembered
+        assert call().shape == (2, 4, 64, 16)
+        with pytest.raises(error, match=says):
+            call(**changes)
+
+
+def decoded(cache: dict[str, torch.Tensor], layout: layouts.Layout, n_k: int, **changes: Any) -> torch.Tensor:
+    """A token, from as many keys as there are by then."""
+    arguments = {name: tensor[:, :, :n_k] for name, tensor in cache.items()}
+    arguments["query"] = cache["query"][:, :, n_k - 1 : n_k]
+    arguments["key_padding_mask"] = torch.zeros(2, n_k, dtype=torch.bool)
+    return sparse_attention(**{**arguments, "layout": layout, "query_start": n_k - 1, **changes})
+
+
+@pytest.mark.skipif(bool(_native.missing("cpu")), reason="no C++ kernels, no calls remembered")
+def test_decoding_is_one_kind_of_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each token would be checked anew, and remembered. What grows is checked all the same."""
+    monkeypatch.setattr(_backends, "_served", {})
+    layout = layouts.causal(64, block_size=16)
+    cache = {name: torch.randn(2, 2, 64, 8) for name in ("query", "key", "value")}
+    dense = {name: tensor[:, :, :40].clone() for name, tensor in cache.items()}  # strides grow as those of torch.cat do
+    whole = sparse_attention(**cache, layout=layout)
+    for n_k in range(2, 64):
+        for where in (cache, {name: tensor[:, :, :n_k].clone() for name, tensor in cache.items()}):
+            torch.testing.assert_close(decoded(where, layout, n_k)[:, :, 0], whole[:, :, n_k - 1])
+    assert len(_backends._served) == 2  # with the whole's
+    for n_k in (39, 40):
+        with pytest.raises(ValueError, match=rf"needs between {n_k + 1} and 64 keys, got {n_k}"):
+            decoded(dense, layout, n_k, query_start=n_k)
+        with pytest.raises(ValueError, match=rf"value must have the heads .*\(2, {n_k}\), got \(2, {n_k - 1}\)"):
+            decoded(dense, layout, n_k, value=dense["value"][:, :, : n_k - 1])
+        with pytest.raises(ValueError, match=rf"key_padding_mask must be \(2, {n_k}\), got \(2, {n_k - 1}\)"):
+            decoded(dense, layout, n_k, key_padding_mask=torch.zeros(2, n_k - 1, dtype=torch.bool))
+        with pytest.raises(ValueError, match="query_start=64 with 1 queries asks for 64 to 64"):
+            decoded(dense, layout, n_k, query_start=64)
+        with pytest.raises(ValueError, match=f"layout is for 32 keys, got {n_k}"):
+            decoded(dense, layouts.causal(32, block_size=16), n_k, query_start=0)
+        with pytest.raises(ValueError, match=f"layout is for 64 keys, got {n_k}"):
+            decoded(dense, layouts.full(64, block_size=16), n_k)
+
+
+def test_a_layout_whose_memory_has_moved() -> None:
+    """As torch moves what is sent to another process, in place."""
+    layout = scattered(70, 70, 16)
+    tensors = [torch.randn(1, 2, 70, 8, requires_grad=True) for _ in range(3)]
+    before = sparse_attention(*tensors, layout, backend="cpu")
+    addresses = [t.data_ptr() for t in layout.tensors()]
+    ForkingPickler.dumps(layout)
+    assert any(t.data_ptr() != address for t, address in zip(layout.tensors(), addresses))
+    after = sparse_attention(*tensors, layout, backend="cpu")
+    assert torch.equal(before, after)
+    weight = torch.randn_like(before)
+    for ours, theirs in zip(*(torch.autograd.grad(out, tensors, weight) for out in (after, before))):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_padding_mask_of_any_strides() -> None:
+    """Of a causal layout's keys those past the last query are not read, nor is their part of the mask."""
+    query, key, value = torch.randn(3, 2, 2, 8), torch.randn(3, 2, 60, 8), torch.randn(3, 2, 60, 8)
+    padding = torch.rand(3, 60) < 0.4
+    masks = (padding, padding.t().contiguous().t(), F.pad(padding, (1, 2))[:, 1:-2])
+    outs = [
+        sparse_attention(
+            query, key, value, layouts.causal(60), query_start=30, key_padding_mask=mask, backend=backend
+        )
+        for mask in masks
+        for backend in ("cpu", "reference")
+    ]
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0])
 
 
 def test_a_cache_shorter_than_the_queries_reach() -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..._arguments import check_finite, check_floating
+from ..._arguments import autocast_is_on, check_finite, check_floating, in_autocast
 from . import op, reference
 
 
@@ -46,23 +45,20 @@ def minibatch_self_attention(
         TypeError: if dtypes differ or are not floating point.
         RuntimeError: if ``backend`` was given and can't serve the call.
     """
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_floating(name, tensor)
-    if torch.is_autocast_enabled(query.device.type):
-        query, key, value = (_autocast(tensor) for tensor in (query, key, value))
-    _check(query, key, value, scale, pool, score)
-    chosen = op.choices.pick(query.device, backend, query, key, value, scale=scale, pool=pool, score=score)
+    if autocast_is_on():
+        query, key, value = in_autocast(query, key, value)
+    chosen = _serving(backend, query, key, value, scale, pool, score)
     if chosen == "reference":
         return reference.minibatch_self_attention(query, key, value, scale, pool, score)
     return op.forward(query, key, value, scale, pool, score, chosen)[0]
 
 
-def _autocast(tensor: Tensor) -> Tensor:
-    """As PyTorch's own attention has it: what is not double."""
-    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-
-def _check(query: Tensor, key: Tensor, value: Tensor, scale: float, pool: int, score: str) -> None:
+@op.choices.serving
+def _serving(
+    backend: str | None, query: Tensor, key: Tensor, value: Tensor, scale: float, pool: int, score: str
+) -> str:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_floating(name, tensor)
     dtype, device, sizes = query.dtype, query.device, query.shape
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         shape = tensor.shape
@@ -88,3 +84,4 @@ def _check(query: Tensor, key: Tensor, value: Tensor, scale: float, pool: int, s
         raise ValueError(f"pool={pool} needs maps of even height and width, got {tuple(sizes[2:])}")
     if score not in reference.SCORES:
         raise ValueError(f"score must be one of {', '.join(map(repr, reference.SCORES))}, got {score!r}")
+    return op.choices.pick(device, backend, query, key, value, scale=scale, pool=pool, score=score)

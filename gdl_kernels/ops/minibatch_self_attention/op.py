@@ -58,8 +58,9 @@ choices = _backends.add_op("minibatch_self_attention", {"cpu": _cpu_reasons, "tr
 
 
 def _outputs(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    lse = query.new_empty(query.shape[0], *query.shape[2:], dtype=sum_dtype(query))
-    return _images.empty_like(value), lse
+    batch, _channels, height, width = query.shape
+    strides = height * width, width, 1  # with them it takes three quarters of the time to ask for
+    return _images.empty_like(value), query.new_empty_strided((batch, height, width), strides, dtype=sum_dtype(query))
 
 
 def _gradients(_grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, ...]:

@@ -45,10 +45,8 @@ def positional_embedding(
             ``scale`` not a number.
         RuntimeError: if ``backend`` was given and can't serve the call.
     """
-    _check(tokens, weight, scale, start)
-    if scale is None:
-        scale = math.sqrt(weight.shape[1])
-    chosen = op.choices.pick(weight.device, backend, tokens, weight, scale=scale, start=start)
+    chosen, scale = _serving(backend, tokens, weight, scale)
+    _check_start(start, tokens.shape[-1])
     if chosen != "reference":
         return op.forward(tokens, weight, scale, start, chosen)
     # Compiled code can't branch on what tokens hold; F.embedding then refuses them, in its own words.
@@ -57,7 +55,9 @@ def positional_embedding(
     return reference.positional_embedding(tokens, weight, scale, start)
 
 
-def _check(tokens: Tensor, weight: Tensor, scale: float | None, start: int) -> None:
+@op.choices.serving
+def _serving(backend: str | None, tokens: Tensor, weight: Tensor, scale: float | None) -> tuple[str, float]:
+    """The backend, and the scale."""
     if not isinstance(tokens, Tensor):
         raise TypeError(f"tokens must be a tensor, got {type(tokens).__name__}")
     if tokens.dtype not in (torch.int64, torch.int32):
@@ -71,7 +71,13 @@ def _check(tokens: Tensor, weight: Tensor, scale: float | None, start: int) -> N
         raise ValueError(f"weight must be on the device of tokens, {tokens.device}, got {weight.device}")
     if scale is not None:
         check_finite("scale", scale)
+    chosen = op.choices.pick(weight.device, backend, tokens, weight)
+    return chosen, math.sqrt(weight.shape[1]) if scale is None else scale
+
+
+def _check_start(start: int, length: int) -> None:
+    """With a cache it grows at every call, so it is checked at each: remembered, each would be a kind of its own."""
     if not isinstance(start, (int, torch.SymInt)):
         raise TypeError(f"start must be an integer, got {type(start).__name__}")
-    if start < 0 or start + tokens.shape[-1] > MAX_POSITION:
-        raise ValueError(f"start must be from 0 to 2^53 less the {tokens.shape[-1]} positions, got {start}")
+    if start < 0 or start + length > MAX_POSITION:
+        raise ValueError(f"start must be from 0 to 2^53 less the {length} positions, got {start}")

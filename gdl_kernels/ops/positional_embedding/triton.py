@@ -19,7 +19,6 @@ from ... import _tuned
 from ..._triton import capability, launch
 from ..._tuned import Config
 from .phases import phase_steps
-from .rows import contiguous_rows
 
 #: How the kernels are launched where no table says otherwise; see ``tunable.py``. Up to ``chunk`` places a program
 #: sums on the way to the next chunk, and on the way from the last. Not yet timed on any GPU.
@@ -119,6 +118,11 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def _contiguous_rows(matrix: Tensor) -> Tensor:
+    """The matrix itself where its rows are contiguous, whatever lies between them; else a copy."""
+    return matrix if matrix.stride()[1] == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
 def _config(kernel: str, table: Tensor) -> tuple[Config, int, int, int]:
     """A configuration for tables or gradients with such rows: columns of a tile, tiles of a row, rows of a tile."""
     width = table.shape[-1]
@@ -132,7 +136,7 @@ def _config(kernel: str, table: Tensor) -> tuple[Config, int, int, int]:
 def forward(out: Tensor, tokens: Tensor, weight: Tensor, scale: float, start: int, backend: str) -> None:
     if tokens.numel() == 0:
         return
-    ids, table, length = tokens.contiguous(), contiguous_rows(weight), tokens.shape[-1]
+    ids, table, length = tokens.contiguous(), _contiguous_rows(weight), tokens.shape[-1]
     rows, width = weight.shape
     config, columns, tiles, positions = _config("forward", weight)
     positions = min(positions, triton.next_power_of_2(length))
@@ -151,7 +155,7 @@ def backward(
     grad_weight: Tensor, grad: Tensor, tokens: Tensor, num_embeddings: int, scale: float, backend: str
 ) -> None:
     width = grad.shape[-1]
-    grads = contiguous_rows(grad.reshape(-1, width))
+    grads = _contiguous_rows(grad.reshape(-1, width))
     config, columns, tiles, rows = _config("backward", grads)
     chunk, num_warps = config["chunk"], config["num_warps"]
     # Tokens out of range come before the first row's or after the last's.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
+from ..._arguments import autocast_is_on, check_finite, check_floating, in_autocast
 from ..._philox import draw_seed
 from ...layouts import Layout
 from . import op
@@ -76,31 +78,25 @@ def sparse_attention(
         TypeError: if dtypes differ or are not floating point.
         RuntimeError: if ``backend`` was given and can't serve the call.
     """
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    device = query.device
-    if torch.is_autocast_enabled(device.type):
-        query, key, value = (_autocast(tensor) for tensor in (query, key, value))
-    _check(query, key, value, layout, dropout_p, key_padding_mask, query_start)
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    elif not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
-    elif not -math.inf < scale < math.inf:
-        raise ValueError(f"scale must be finite, got {scale}")
-    chosen = op.choices.pick(
-        device, backend, query, key, value, layout, scale=scale, dropout_p=dropout_p,
-        key_padding_mask=key_padding_mask, query_start=query_start, return_lse=return_lse,
-    )  # fmt: skip
-    start, start_tensor = (0, query_start.view(())) if isinstance(query_start, Tensor) else (query_start, None)
-    seed = draw_seed(device) if dropout_p > 0 else None
+    if autocast_is_on():
+        query, key, value = in_autocast(query, key, value)
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout must be a gdl_kernels.layouts.Layout, got {type(layout).__name__}")
+    start, start_tensor = (0, query_start) if isinstance(query_start, Tensor) else (query_start, None)
+    chosen, scale = _serving(
+        backend, query, key, value, layout.mask_table, layout.heads, scale, dropout_p, key_padding_mask, start_tensor
+    )
+    sizes = layout.sizes()
+    _check_lengths(query.shape[2], key.shape[2], query_start, sizes)
+    if start_tensor is not None:
+        start_tensor = start_tensor.view(())
+    seed = draw_seed(query.device) if dropout_p > 0 else None
     rest = (scale, start, start_tensor, dropout_p, seed)
     if chosen == "reference":
         out, lse = op.by_reference(query, key, value, key_padding_mask, layout, *rest, return_lse)
     else:
         call = (query, key, value, key_padding_mask)
-        out, lse = op.forward(*call, layout.tensors(), layout.sizes(), *rest, chosen)
+        out, lse = op.forward(*call, layout.tensors(), sizes, *rest, chosen)
         outs, lses = [out], [lse]
         while layout.rest is not None:
             layout = layout.rest
@@ -112,45 +108,21 @@ def sparse_attention(
     return (out, lse) if return_lse else out  # type: ignore[return-value]
 
 
-def _autocast(tensor: Tensor) -> Tensor:
-    """As PyTorch's own attention has it: what is floating, and not double."""
-    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-
-def _check(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, dropout_p: float, key_padding_mask: Tensor | None,
-    query_start: int | Tensor,
-) -> None:  # fmt: skip
-    dtype, device = query.dtype, query.device
+@partial(op.choices.serving, growing={"query": 2, "key": 2, "value": 2, "key_padding_mask": 1})
+def _serving(
+    backend: str | None, query: Tensor, key: Tensor, value: Tensor, layout: Tensor, layout_heads: int,
+    scale: float | None, dropout_p: float, key_padding_mask: Tensor | None, query_start: Tensor | None,
+) -> tuple[str, float]:  # fmt: skip
+    """The backend, and the scale. ``layout`` is a tensor of it, for its device."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_floating(name, tensor)
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be (batch, heads, positions, features), got shape {tuple(tensor.shape)}")
-        if tensor.dtype not in op.DTYPES:
-            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name} must have the dtype of query, {dtype}, got {tensor.dtype}")
-        if tensor.device != device:
-            raise ValueError(f"{name} must be on the device of query, {device}, got {tensor.device}")
-    if not isinstance(layout, Layout):
-        raise TypeError(f"layout must be a gdl_kernels.layouts.Layout, got {type(layout).__name__}")
-    if not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be from 0 up to, not including, 1, got {dropout_p}")
-    if isinstance(query_start, Tensor):
-        if query_start.is_floating_point() or query_start.is_complex() or query_start.dtype == torch.bool:
-            raise TypeError(f"query_start must be of an integer dtype, got {query_start.dtype}")
-        if query_start.numel() != 1:
-            raise ValueError(f"query_start must have one element, got shape {tuple(query_start.shape)}")
-        if query_start.device != query.device:
-            raise ValueError(f"query_start must be on the device of query, {query.device}, got {query_start.device}")
-    elif not isinstance(query_start, (int, torch.SymInt)):
-        raise TypeError(f"query_start must be an integer or a tensor of one, got {type(query_start).__name__}")
-    if key_padding_mask is not None and not isinstance(key_padding_mask, Tensor):
-        raise TypeError(f"key_padding_mask must be a tensor, got {type(key_padding_mask).__name__}")
-    batch, heads, n_q, head_dim = query.shape
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
+    batch, heads, _, head_dim = query.shape
     key_batch, kv_heads, n_k, key_dim = key.shape
     value_batch, value_heads, value_positions, value_dim = value.shape
     if key_batch != batch or value_batch != batch:
@@ -166,18 +138,42 @@ def _check(
         raise ValueError("query, key and value must have at least one feature, got 0")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"the heads of key, {kv_heads}, must divide the heads of query, {heads}")
-    if layout.heads not in (1, heads):
-        raise ValueError(f"layout must have 1 head or as many as query, {heads}, got {layout.heads}")
+    if layout_heads not in (1, heads):
+        raise ValueError(f"layout must have 1 head or as many as query, {heads}, got {layout_heads}")
     if layout.device != query.device:
         raise ValueError(f"layout must be on the device of query, {query.device}, got {layout.device}: layout.to(...)")
-    if n_k > layout.n_k or (not layout.causal and n_k < layout.n_k):
-        raise ValueError(f"layout is for {layout.n_k} keys, got {n_k}")
-    if not isinstance(query_start, Tensor):
-        op.check_start(query_start, n_q, n_k, layout.sizes())
+    if scale is not None:
+        check_finite("scale", scale)
+    if not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be from 0 up to, not including, 1, got {dropout_p}")
     if key_padding_mask is not None:
+        if not isinstance(key_padding_mask, Tensor):
+            raise TypeError(f"key_padding_mask must be a tensor, got {type(key_padding_mask).__name__}")
         if key_padding_mask.dtype != torch.bool:
             raise TypeError(f"key_padding_mask must be bool, True for keys to leave out, got {key_padding_mask.dtype}")
         if key_padding_mask.shape != (batch, n_k):
             raise ValueError(f"key_padding_mask must be {(batch, n_k)}, got {tuple(key_padding_mask.shape)}")
         if key_padding_mask.device != query.device:
             raise ValueError(f"key_padding_mask must be on {query.device}, got {key_padding_mask.device}")
+    if query_start is not None:
+        if query_start.is_floating_point() or query_start.is_complex() or query_start.dtype == torch.bool:
+            raise TypeError(f"query_start must be of an integer dtype, got {query_start.dtype}")
+        if query_start.numel() != 1:
+            raise ValueError(f"query_start must have one element, got shape {tuple(query_start.shape)}")
+        if query_start.device != query.device:
+            raise ValueError(f"query_start must be on the device of query, {query.device}, got {query_start.device}")
+    chosen = op.choices.pick(query.device, backend, query, key, value)
+    return chosen, head_dim**-0.5 if scale is None else scale
+
+
+def _check_lengths(n_q: int, n_k: int, query_start: int | Tensor, sizes: Sequence[int]) -> None:
+    """What grows as tokens are decoded is checked at every call: remembered, each length would be a kind of its own."""
+    _, layout_n_k, _, causal = sizes
+    if n_k != layout_n_k and (n_k > layout_n_k or not causal):
+        raise ValueError(f"layout is for {layout_n_k} keys, got {n_k}")
+    if isinstance(query_start, (int, torch.SymInt)):
+        op.check_start(query_start, n_q, n_k, sizes)
+    elif not isinstance(query_start, Tensor):
+        raise TypeError(f"query_start must be an integer or a tensor of one, got {type(query_start).__name__}")

@@ -14,10 +14,8 @@ from ..._registration import launchers, register
 from ...layouts import BlockLists, Layout, causal, from_mask, strided
 from . import reference
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-
-def check_start(start: int, n_q: int, n_k: int, sizes: list[int]) -> None:
+def check_start(start: int, n_q: int, n_k: int, sizes: Sequence[int]) -> None:
     """Refuse queries that a layout doesn't have, or that look at keys which are not there yet."""
     layout_n_q, layout_n_k, _, causal = sizes
     end = start + n_q
@@ -37,14 +35,14 @@ def check_start(start: int, n_q: int, n_k: int, sizes: list[int]) -> None:
 MAX_HEAD_DIM = 256
 
 
-def _cpu_reasons(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **_: Any) -> list[str]:
+def _cpu_reasons(query: Tensor, *_: Any, **__: Any) -> list[str]:
     reasons = _native.missing("cpu")
     if not query.is_cpu:
         reasons.append(f"query is on {query.device}")
     return reasons
 
 
-def _triton_reasons(query: Tensor, key: Tensor, value: Tensor, layout: Layout, **_: Any) -> list[str]:
+def _triton_reasons(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> list[str]:
     reasons = _native.missing("triton")
     if query.device.type != "cuda" and not (_native.interpreting() and query.device.type == "cpu"):
         reasons.append(f"query is on {query.device}")
@@ -97,7 +95,9 @@ def _outputs(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor
     # autograd would not let anybody change in place.
     strides = n_q * heads * width, width, heads * width, 1
     out = query.new_empty_strided((batch, heads, n_q, width), strides)
-    return out, query.new_empty(batch, heads, n_q, dtype=sum_dtype(query))
+    # With strides, and without a dtype that it has anyway, it takes half the time to ask for.
+    lse, dtype = ((batch, heads, n_q), (heads * n_q, n_q, 1)), sum_dtype(query)
+    return out, query.new_empty_strided(*lse) if dtype is query.dtype else query.new_empty_strided(*lse, dtype=dtype)
 
 
 def _gradients(
@@ -173,15 +173,15 @@ def _gradient_of_double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
 
 def _keep(ctx: Any, tensors: Sequence[Tensor | None], call: Sequence[Any]) -> None:
     padding, layout, sizes, scale, query_start, start_tensor, dropout_p, seed, backend = call
-    ctx.save_for_backward(*tensors, padding, start_tensor, seed, *layout)
-    ctx.call = sizes, scale, query_start, dropout_p, backend
+    ctx.save_for_backward(*tensors, padding, start_tensor, seed)
+    ctx.call = layout, sizes, scale, query_start, dropout_p, backend  # a layout's tensors never change
 
 
 def _kept(ctx: Any, count: int) -> tuple[list[Tensor], list[Any]]:
     """The tensors of a call, and what an op takes after them."""
     saved = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
-    tensors, (padding, start_tensor, seed, *layout) = saved[:count], saved[count:]
-    sizes, scale, query_start, dropout_p, backend = ctx.call
+    tensors, (padding, start_tensor, seed) = saved[:count], saved[count:]
+    layout, sizes, scale, query_start, dropout_p, backend = ctx.call
     return list(tensors), [padding, layout, sizes, scale, query_start, start_tensor, dropout_p, seed, backend]
 
 
@@ -209,7 +209,7 @@ def by_reference(
     return reference.sparse_attention(query, key, value, mask, scale, key_padding_mask, dropout, return_lse)
 
 
-def layout_of(tensors: list[Tensor], sizes: list[int]) -> Layout:
+def layout_of(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Layout:
     """The layout whose tensors and sizes an op was given."""
     n_q, n_k, block_size, causal = sizes
     rows, columns, (table, order, _places) = BlockLists(*tensors[:5]), BlockLists(*tensors[5:10]), tensors[10:]

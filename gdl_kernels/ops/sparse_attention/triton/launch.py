@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -136,8 +136,8 @@ class Call:
     """The arguments that every op of sparse_attention ends with, and what follows from them."""
 
     def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, layout: list[Tensor],
-        sizes: list[int], scale: float, query_start: int, start_tensor: Tensor | None, dropout_p: float,
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, layout: Sequence[Tensor],
+        sizes: Sequence[int], scale: float, query_start: int, start_tensor: Tensor | None, dropout_p: float,
         seed: Tensor | None, _backend: str,
     ) -> None:  # fmt: skip
         self.device, self.dtype = query.device, query.dtype
