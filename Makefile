@@ -38,6 +38,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(say) "ruff"
 	@$(VENV)/bin/ruff check --quiet .
+	@$(VENV)/bin/ruff format --quiet --check .
 	$(say) "mypy"
 	@$(VENV)/bin/mypy
 	$(say) "pytest"

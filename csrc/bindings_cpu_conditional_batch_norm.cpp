@@ -151,10 +151,10 @@ void double_backward(const Tensor& of_grad, const Tensor& of_x, const Tensor& of
     const Merging merging(group, 7 * reader.images().channels);
     const py::gil_scoped_release without_gil;
     const Numbers<A> wide_of_gain(of_gain);
-    conditional_batch_norm_double_backward<T>(
-        reader.images(), v_lines, widened<A>(v_gain).data(), widened<A>(v_bias).data(), grad_lines, x_lines,
-        widened<A>(gain).data(), widened<A>(statistics).data(), training, of_grad_lines, of_x_lines,
-        wide_of_gain.data(), merging.ranks(), reader.threads(threads));
+    conditional_batch_norm_double_backward<T>(reader.images(), v_lines, widened<A>(v_gain).data(),
+                                              widened<A>(v_bias).data(), grad_lines, x_lines, widened<A>(gain).data(),
+                                              widened<A>(statistics).data(), training, of_grad_lines, of_x_lines,
+                                              wide_of_gain.data(), merging.ranks(), reader.threads(threads));
     wide_of_gain.round();
   });
 }

@@ -1,5 +1,3 @@
-#include "cpu/spectral_normalize.h"
-
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -10,6 +8,7 @@
 #include "bindings.h"
 #include "cpu/buffer.h"
 #include "cpu/dispatch.h"
+#include "cpu/spectral_normalize.h"
 #include "tensors.h"
 #include "threads.h"
 

@@ -19,7 +19,11 @@ using Allocate = std::function<Address(std::int64_t)>;
 
 Prologue prologue_of(const PrologueArguments& arguments) {
   const auto& [active, noise, image, weight, bias, slope] = arguments;
-  return {active, pointer<const float>(noise), image, pointer<const float>(weight), pointer<const float>(bias),
+  return {active,
+          pointer<const float>(noise),
+          image,
+          pointer<const float>(weight),
+          pointer<const float>(bias),
           static_cast<float>(slope)};
 }
 
@@ -41,12 +45,12 @@ Scratch scratch_of(const Allocate& allocate) {
 void forward(const std::string& dtype, const Shape& shape, bool channels_last, const PrologueArguments& prologue,
              double eps, const Array& x, Address scale, Address shift, const Array& y, Address mean, Address rstd,
              const Allocate& allocate, Address stream) {
-  const AdainForward arguments{lines<const void>(x),     pointer<const float>(scale), pointer<const float>(shift),
-                               prologue_of(prologue),    static_cast<float>(eps),     lines<void>(y),
-                               pointer<float>(mean),     pointer<float>(rstd)};
-  check(adain_forward(dtype, images(shape, channels_last), arguments, scratch_of(allocate),
-                      pointer<CUstream_st>(stream)),
-        "adain_forward");
+  const AdainForward arguments{lines<const void>(x),  pointer<const float>(scale), pointer<const float>(shift),
+                               prologue_of(prologue), static_cast<float>(eps),     lines<void>(y),
+                               pointer<float>(mean),  pointer<float>(rstd)};
+  check(
+      adain_forward(dtype, images(shape, channels_last), arguments, scratch_of(allocate), pointer<CUstream_st>(stream)),
+      "adain_forward");
 }
 
 void statistics(const std::string& dtype, const Shape& shape, bool channels_last, double eps, const Array& x,
@@ -88,9 +92,9 @@ void double_backward(const std::string& dtype, const Shape& shape, bool channels
 }
 
 void noise(Address seed, std::int64_t images, std::int64_t pixels, Address out, Address stream) {
-  check(draw_noise(pointer<const std::int64_t>(seed), images, pixels, pointer<float>(out),
-                   pointer<CUstream_st>(stream)),
-        "adain_noise");
+  check(
+      draw_noise(pointer<const std::int64_t>(seed), images, pixels, pointer<float>(out), pointer<CUstream_st>(stream)),
+      "adain_noise");
 }
 
 const Binding binding([](pybind11::module_& module) {

@@ -21,9 +21,6 @@ BF16_VARIANT = "_cpu_avx512_bf16"
 
 MODULES = (BF16_VARIANT, *VARIANTS.values(), "_cuda")
 
-#: Elements that are worth a thread of the CPU; PyTorch's own grain.
-GRAIN = 32768
-
 Loaded = tuple[ModuleType | None, str]
 
 
@@ -112,11 +109,6 @@ def _missing(backend: str) -> str:
     if backend == "triton":
         return triton()
     return ""
-
-
-def threads(elements: int) -> int:
-    """How many of the CPU's threads a pass over so many elements is worth."""
-    return min(torch.get_num_threads(), 1 + elements // GRAIN)
 
 
 def cpu_module() -> ModuleType:

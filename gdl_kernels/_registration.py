@@ -79,4 +79,3 @@ def launchers(package: str | None, name: str, backends: Iterable[str]) -> dict[s
 
     found.update((backend, launcher(backend)) for backend in backends)
     return found
-

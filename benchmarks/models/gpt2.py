@@ -27,9 +27,7 @@ VARIANTS = (
     variant(_build, preset("small", layers=4)),
     variant(_build, preset("tiny", layers=4, heads=4, width=256, hidden=1024, context=2048, attention=SPARSE)),
 )
-QUICK = (
-    variant(_build, preset("tiny", vocabulary=256, context=256, attention={"pattern": "local", "window": 64})),
-)
+QUICK = (variant(_build, preset("tiny", vocabulary=256, context=256, attention={"pattern": "local", "window": 64})),)
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Deferred]:

@@ -198,12 +198,9 @@ struct DoubleBackward {
 
   template <typename Write, typename Place, typename P>
   void write(Write write, const Place& here, const P* k) const {
-    const auto projected_w = [&](auto at) {
-      return w(at, here, k) - (at(k[5]) + normalized(at, here, k) * at(k[6]));
-    };
-    write(grad_grad, [&](auto at) {
-      return at(k[9]) * projected_w(at) + at(k[10]) * normalized(at, here, k) + at(k[11]);
-    });
+    const auto projected_w = [&](auto at) { return w(at, here, k) - (at(k[5]) + normalized(at, here, k) * at(k[6])); };
+    write(grad_grad,
+          [&](auto at) { return at(k[9]) * projected_w(at) + at(k[10]) * normalized(at, here, k) + at(k[11]); });
     const auto value = [&](auto at) {
       const auto hh = normalized(at, here, k);
       const auto projected_g = at(here.grad) - (at(k[7]) + hh * at(k[8]));
@@ -261,23 +258,24 @@ void adain_double_backward(Images images, const Prologue<T>& prologue, Lines<con
                            const Modulation<T>& modulation, Lines<E> grad_grad, Lines<E> grad_x,
                            const PlaneGradients<T>& gradients, int threads) {
   with_prologue(prologue, [&](auto active) {
-    go_over(DoubleBackward<E, active.value>{
-                {images, prologue, x, grad, v}, modulation, directions, grad_grad, grad_x, gradients},
-            threads);
+    go_over(
+        DoubleBackward<E, active.value>{
+            {images, prologue, x, grad, v}, modulation, directions, grad_grad, grad_x, gradients},
+        threads);
   });
 }
 
-#define GDL_INSTANTIATE(E)                                                                                            \
-  template void adain_forward(Images, const Prologue<accumulator_t<E>>&, double, Lines<const E>,                      \
-                              const accumulator_t<E>*, const accumulator_t<E>*, Lines<E>, accumulator_t<E>*,          \
-                              accumulator_t<E>*, int);                                                                \
-  template void adain_statistics(Images, double, Lines<const E>, accumulator_t<E>*, accumulator_t<E>*, int);          \
-  template void adain_backward(Images, const Prologue<accumulator_t<E>>&, Lines<const E>, Lines<const E>,             \
+#define GDL_INSTANTIATE(E)                                                                                             \
+  template void adain_forward(Images, const Prologue<accumulator_t<E>>&, double, Lines<const E>,                       \
+                              const accumulator_t<E>*, const accumulator_t<E>*, Lines<E>, accumulator_t<E>*,           \
+                              accumulator_t<E>*, int);                                                                 \
+  template void adain_statistics(Images, double, Lines<const E>, accumulator_t<E>*, accumulator_t<E>*, int);           \
+  template void adain_backward(Images, const Prologue<accumulator_t<E>>&, Lines<const E>, Lines<const E>,              \
                                const Modulation<accumulator_t<E>>&, Lines<E>, const PlaneGradients<accumulator_t<E>>&, \
-                               int);                                                                                  \
-  template void adain_double_backward(Images, const Prologue<accumulator_t<E>>&, Lines<const E>,                      \
-                                      const PlaneDirections<accumulator_t<E>>&, Lines<const E>, Lines<const E>,       \
-                                      const Modulation<accumulator_t<E>>&, Lines<E>, Lines<E>,                        \
+                               int);                                                                                   \
+  template void adain_double_backward(Images, const Prologue<accumulator_t<E>>&, Lines<const E>,                       \
+                                      const PlaneDirections<accumulator_t<E>>&, Lines<const E>, Lines<const E>,        \
+                                      const Modulation<accumulator_t<E>>&, Lines<E>, Lines<E>,                         \
                                       const PlaneGradients<accumulator_t<E>>&, int);
 GDL_INSTANTIATE(float)
 GDL_INSTANTIATE(double)

@@ -14,11 +14,11 @@ namespace gdl {
 // What happens to x before its statistics are taken.
 template <typename T>
 struct Prologue {
-  bool active;          // false: h = x
-  const T* noise;       // (N or 1, pixels), or null
-  std::int64_t image;   // from image to image of the noise: 0 where one serves all
-  const T* weight;      // (C), or null
-  const T* bias;        // (C), or null
+  bool active;         // false: h = x
+  const T* noise;      // (N or 1, pixels), or null
+  std::int64_t image;  // from image to image of the noise: 0 where one serves all
+  const T* weight;     // (C), or null
+  const T* bias;       // (C), or null
   T slope;
 };
 

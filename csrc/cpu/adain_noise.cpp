@@ -1,7 +1,7 @@
 // Standard normal noise from a counter, by the transform of Box and Muller.
 //
-// Counter (q, image) gives four normal numbers, those of the pixels q, Q + q, 2 Q + q and 3 Q + q of a quarter's size Q: so
-// each is written to memory in order. Logarithm, sine and cosine are polynomials, in float32 whatever T is.
+// Counter (q, image) gives four normal numbers, those of the pixels q, Q + q, 2 Q + q and 3 Q + q of a quarter's size
+// Q: so each is written to memory in order. Logarithm, sine and cosine are polynomials, in float32 whatever T is.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -47,11 +47,11 @@ SineCosine of_turns(Floats x) {
   const Floats angle = (x - __builtin_convertvector(quarter, Floats) * 0.25f) * 6.28318530717959f;
   const Floats square = angle * angle;
   const Floats sine = angle * polynomial(square, {1.0f, -1.0f / 6, 1.0f / 120, -1.0f / 5040, 1.0f / 362880});
-  const Floats cosine =
-      polynomial(square, {1.0f, -1.0f / 2, 1.0f / 24, -1.0f / 720, 1.0f / 40320, -1.0f / 3628800});
+  const Floats cosine = polynomial(square, {1.0f, -1.0f / 2, 1.0f / 24, -1.0f / 720, 1.0f / 40320, -1.0f / 3628800});
   const Ints swapped = (quarter & 1) != 0;
   const Ints sine_sign = (quarter & 2) << 30, cosine_sign = ((quarter + 1) & 2) << 30;
-  return {(Floats)((Ints)(swapped ? cosine : sine) ^ sine_sign), (Floats)((Ints)(swapped ? sine : cosine) ^ cosine_sign)};
+  return {(Floats)((Ints)(swapped ? cosine : sine) ^ sine_sign),
+          (Floats)((Ints)(swapped ? sine : cosine) ^ cosine_sign)};
 }
 
 struct Pair {

@@ -5,11 +5,11 @@
 // line is a piece of a plane; the plane is still in the caches when it is written. Channels last: a line is a pixel's
 // channels, every channel has sums of its own, and the numbers of the planes change along the line.
 //
-// Sums are taken piece by piece, of fixed size, and added in a fixed order in double: so they don't hang on the number of
-// threads, and their rounding does not grow with the plane.
+// Sums are taken piece by piece, of fixed size, and added in a fixed order in double: so they don't hang on the number
+// of threads, and their rounding does not grow with the plane.
 //
-// The second look at a piece, in the L1, is when memory has nothing to do: then the numbers behind it are fetched, mostly
-// those of the next. 0.88 times as long on an AMD EPYC, 2 threads, planes of 64x64 and 128x128.
+// The second look at a piece, in the L1, is when memory has nothing to do: then the numbers behind it are fetched,
+// mostly those of the next. 0.88 times as long on an AMD EPYC, 2 threads, planes of 64x64 and 128x128.
 #pragma once
 
 #include <algorithm>
@@ -25,8 +25,8 @@ using std::int64_t;
 
 // Numbers of a piece of a plane: in float 16 KB, so that a second look at it finds it in the L1.
 constexpr int64_t kPiece = 4096;
-// Numbers of some rows of pixels, which with those of two more tensors stay in the L2, and rows at most: they are added one
-// after the other.
+// Numbers of some rows of pixels, which with those of two more tensors stay in the L2, and rows at most: they are added
+// one after the other.
 constexpr int64_t kRowsSize = 16384;
 constexpr int64_t kRows = 64;
 // Numbers worth sharing an image with another thread for.
@@ -65,13 +65,20 @@ struct Source {
 
   Place<E, T, const T*> in_plane(int64_t n, int64_t c, int64_t first) const {
     const T* noise = prologue.noise == nullptr ? zeros.get() : prologue.noise + n * prologue.image + first;
-    return {at(x, n, c, first), at(grad, n, c, first), at(v, n, c, first), noise,
-            prologue.weight == nullptr ? T(0) : prologue.weight[c], prologue.bias == nullptr ? T(0) : prologue.bias[c]};
+    return {at(x, n, c, first),
+            at(grad, n, c, first),
+            at(v, n, c, first),
+            noise,
+            prologue.weight == nullptr ? T(0) : prologue.weight[c],
+            prologue.bias == nullptr ? T(0) : prologue.bias[c]};
   }
 
   Place<E, const T*, T> in_pixel(int64_t n, int64_t pixel) const {
     const T noise = prologue.noise == nullptr ? T(0) : prologue.noise[n * prologue.image + pixel];
-    return {at(x, n, pixel, 0), at(grad, n, pixel, 0), at(v, n, pixel, 0), noise,
+    return {at(x, n, pixel, 0),
+            at(grad, n, pixel, 0),
+            at(v, n, pixel, 0),
+            noise,
             prologue.weight == nullptr ? zeros.get() : prologue.weight,
             prologue.bias == nullptr ? zeros.get() : prologue.bias};
   }
@@ -135,8 +142,7 @@ template <typename T, typename Pass>
 auto piece_of_plane(const Pass& pass, int64_t n, int64_t c, int64_t first, int64_t count, const T* given) {
   const auto here = pass.source.in_plane(n, c, first);
   if constexpr (Pass::kMoments) {
-    const T mean =
-        sum_up<T>(count, [&](auto at) { return pass.source.h(at, here); })[0] / static_cast<T>(count);
+    const T mean = sum_up<T>(count, [&](auto at) { return pass.source.h(at, here); })[0] / static_cast<T>(count);
     const auto [sum, squares] = sum_up<T>(
         count,
         [&](auto at) {
@@ -149,8 +155,7 @@ auto piece_of_plane(const Pass& pass, int64_t n, int64_t c, int64_t first, int64
         });
     return Moments::about(mean, static_cast<double>(count), sum, squares);
   } else {
-    const auto sums =
-        pass.sums([&](auto... terms) { return sum_up<T>(count, terms...); }, here, given);
+    const auto sums = pass.sums([&](auto... terms) { return sum_up<T>(count, terms...); }, here, given);
     typename Pass::Total total;
     std::copy(sums.begin(), sums.end(), total.of.begin());
     return total;
@@ -158,8 +163,7 @@ auto piece_of_plane(const Pass& pass, int64_t n, int64_t c, int64_t first, int64
 }
 
 template <typename T, typename Pass>
-Sums<Pass::kAfter> write_piece(const Pass& pass, int64_t n, int64_t c, int64_t first, int64_t count,
-                               const T* numbers) {
+Sums<Pass::kAfter> write_piece(const Pass& pass, int64_t n, int64_t c, int64_t first, int64_t count, const T* numbers) {
   T own[Pass::kNumbers];  // or the compiler would load them again after every store
   std::copy_n(numbers, Pass::kNumbers, own);
   Sums<Pass::kAfter> after;
@@ -220,8 +224,8 @@ void over_planes(const Pass& pass, int threads) {
 
 // ---- channels last
 
-// sums[k * channels + c] = the sum over some rows of the k-th term of channel c. expression(run, row) calls run with the
-// terms, in which `at` stands for a place among the channels.
+// sums[k * channels + c] = the sum over some rows of the k-th term of channel c. expression(run, row) calls run with
+// the terms, in which `at` stands for a place among the channels.
 template <typename T, int size, typename Expression>
 void sum_columns(int64_t rows, int64_t channels, T* sums, Expression expression) {
   constexpr int columns = std::max(1, 64 / static_cast<int>(sizeof(Vec<T>)));  // a line of the cache
@@ -259,7 +263,8 @@ void sum_columns(int64_t rows, int64_t channels, T* sums, Expression expression)
   }
 }
 
-// Adds some rows of pixels to every channel's total. scratch: three numbers a channel for moments, else the pass's sums.
+// Adds some rows of pixels to every channel's total. scratch: three numbers a channel for moments, else the pass's
+// sums.
 template <typename T, typename Pass>
 void add_rows(const Pass& pass, int64_t n, int64_t first, int64_t rows, const T* const* given, T* scratch,
               typename Pass::Total* totals) {
@@ -335,7 +340,8 @@ void over_channels(const Pass& pass, int64_t n, int threads) {
   using After = Sums<Pass::kAfter>;
   const Images& images = pass.source.images;
   const int64_t channels = images.channels;
-  const int64_t part_rows = std::max<int64_t>(1, kShare / channels), step = std::clamp<int64_t>(kRowsSize / channels, 1, kRows);
+  const int64_t part_rows = std::max<int64_t>(1, kShare / channels),
+                step = std::clamp<int64_t>(kRowsSize / channels, 1, kRows);
   const int64_t parts = (images.pixels + part_rows - 1) / part_rows;
   std::vector<T> given(Pass::kGiven * channels), numbers(Pass::kNumbers * channels);
   const T *given_rows[Pass::kGiven + 1], *numbers_rows[Pass::kNumbers + 1];

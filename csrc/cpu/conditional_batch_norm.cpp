@@ -141,9 +141,8 @@ void conditional_batch_norm_backward(Images images, Lines<const T> grad, Lines<c
     combine<T>(images, scaled_grad, nullptr, mean, {offset, 0}, grad_x, threads);
     return;
   }
-  mean_over_ranks<2>(images, ranks, threads, [=](int64_t i) {
-    return std::array{gain[i] * grad_bias[i], gain[i] * grad_gain[i]};
-  });
+  mean_over_ranks<2>(images, ranks, threads,
+                     [=](int64_t i) { return std::array{gain[i] * grad_bias[i], gain[i] * grad_gain[i]}; });
   const double *m_g = ranks.numbers, *m_gx = m_g + channels;
   for (int64_t c = 0; c < channels; ++c) {
     const double r = rstd[c];
@@ -187,8 +186,8 @@ void conditional_batch_norm_double_backward(Images images, Lines<const T> v, con
     return;
   }
   mean_over_ranks<7>(images, ranks, threads, [=](int64_t i) {
-    return std::array{s_v[i],           s_vx[i],          gain[i] * g[i], gain[i] * gx[i], gain[i] * vg[i],
-                      v_gain[i] * g[i], v_gain[i] * gx[i]};
+    return std::array{s_v[i],          s_vx[i],          gain[i] * g[i],   gain[i] * gx[i],
+                      gain[i] * vg[i], v_gain[i] * g[i], v_gain[i] * gx[i]};
   });
   const double *m_v = ranks.numbers, *m_vx = m_v + channels, *m_g = m_vx + channels, *m_gx = m_g + channels,
                *m_vg = m_gx + channels, *m_t = m_vg + channels, *m_tx = m_t + channels;
@@ -225,18 +224,18 @@ void conditional_batch_norm_move(R* running, int64_t stride, const A* batch, int
   }
 }
 
-#define GDL_INSTANTIATE(T)                                                                                             \
-  template void conditional_batch_norm_forward<T>(                                                                     \
-      Images, Lines<const T>, const accumulator_t<T>*, const accumulator_t<T>*, const accumulator_t<T>*,               \
-      const accumulator_t<T>*, double, Lines<T>, accumulator_t<T>*, const Ranks&, int);                                \
-  template void conditional_batch_norm_backward<T>(Images, Lines<const T>, Lines<const T>, const accumulator_t<T>*,    \
-                                                   const accumulator_t<T>*, bool, Lines<T>, accumulator_t<T>*,         \
-                                                   accumulator_t<T>*, const Ranks&, int);                              \
-  template void conditional_batch_norm_double_backward<T>(                                                             \
-      Images, Lines<const T>, const accumulator_t<T>*, const accumulator_t<T>*, Lines<const T>, Lines<const T>,        \
-      const accumulator_t<T>*, const accumulator_t<T>*, bool, Lines<T>, Lines<T>, accumulator_t<T>*, const Ranks&,     \
-      int);                                                                                                            \
-  template void conditional_batch_norm_move<T, float>(T*, int64_t, const float*, int64_t, double);                     \
+#define GDL_INSTANTIATE(T)                                                                                           \
+  template void conditional_batch_norm_forward<T>(                                                                   \
+      Images, Lines<const T>, const accumulator_t<T>*, const accumulator_t<T>*, const accumulator_t<T>*,             \
+      const accumulator_t<T>*, double, Lines<T>, accumulator_t<T>*, const Ranks&, int);                              \
+  template void conditional_batch_norm_backward<T>(Images, Lines<const T>, Lines<const T>, const accumulator_t<T>*,  \
+                                                   const accumulator_t<T>*, bool, Lines<T>, accumulator_t<T>*,       \
+                                                   accumulator_t<T>*, const Ranks&, int);                            \
+  template void conditional_batch_norm_double_backward<T>(Images, Lines<const T>, const accumulator_t<T>*,           \
+                                                          const accumulator_t<T>*, Lines<const T>, Lines<const T>,   \
+                                                          const accumulator_t<T>*, const accumulator_t<T>*, bool,    \
+                                                          Lines<T>, Lines<T>, accumulator_t<T>*, const Ranks&, int); \
+  template void conditional_batch_norm_move<T, float>(T*, int64_t, const float*, int64_t, double);                   \
   template void conditional_batch_norm_move<T, double>(T*, int64_t, const double*, int64_t, double);
 GDL_INSTANTIATE(float)
 GDL_INSTANTIATE(double)

@@ -72,8 +72,8 @@ void add_rows(A* sums, int64_t channels, int64_t rows, Term term) {
   }
 }
 
-// The moments of `size` numbers, from their sum, and the sum and sum of squares of what they differ from `around`, which
-// is their mean but for rounding.
+// The moments of `size` numbers, from their sum, and the sum and sum of squares of what they differ from `around`,
+// which is their mean but for rounding.
 template <typename A>
 void put_moments(A around, A rest, A squares, int64_t size, double* mean, double* out) {
   const double part = static_cast<double>(rest) / static_cast<double>(size);
@@ -104,9 +104,8 @@ void row_moments(Lines<const T> x, int64_t n, int64_t first_row, int64_t rows, i
     add_rows(around, width, rows, [&](int64_t row) { return [p = line(row)](auto at) { return at(p); }; });
     for (int64_t i = 0; i < width; ++i) around[i] /= static_cast<A>(rows);
     const A* middle = around;
-    add_rows(rest, width, rows, [&](int64_t row) {
-      return [=, p = line(row)](auto at) { return at(p) - at(middle); };
-    });
+    add_rows(rest, width, rows,
+             [&](int64_t row) { return [=, p = line(row)](auto at) { return at(p) - at(middle); }; });
     add_rows(square, width, rows, [&](int64_t row) {
       return [=, p = line(row)](auto at) {
         const auto d = at(p) - at(middle);
@@ -228,9 +227,12 @@ template <int kOthers, bool kX, typename T, typename Number>
 auto combination(const T* a, const T* b, const T* x, Number a_weight, Number b_weight, Number x_weight, Number mean,
                  Number offset) {
   return [=](auto at) {
-    if constexpr (kOthers == 0) return at(x_weight) * (at(x) - at(mean)) + at(offset);
-    else if constexpr (!kX) return at(a_weight) * at(a) + at(offset);
-    else if constexpr (kOthers == 1) return at(x_weight) * (at(x) - at(mean)) + (at(a_weight) * at(a) + at(offset));
+    if constexpr (kOthers == 0)
+      return at(x_weight) * (at(x) - at(mean)) + at(offset);
+    else if constexpr (!kX)
+      return at(a_weight) * at(a) + at(offset);
+    else if constexpr (kOthers == 1)
+      return at(x_weight) * (at(x) - at(mean)) + (at(a_weight) * at(a) + at(offset));
     else
       return at(x_weight) * (at(x) - at(mean)) + (at(a_weight) * at(a) + (at(b_weight) * at(b) + at(offset)));
   };
@@ -304,12 +306,12 @@ void conditional_batch_norm_combine(Images images, const Term<T>* others, int co
   chosen(images, others, x, mean, offset, out, threads);
 }
 
-#define GDL_INSTANTIATE(T)                                                                                             \
-  template void conditional_batch_norm_moments<T>(Images, Lines<const T>, double*, double*, int);                      \
-  template void conditional_batch_norm_sums<T>(Images, const Lines<const T>*, Lines<const T>, Lines<const T>,          \
-                                               const accumulator_t<T>*, accumulator_t<T>*, int);                       \
-  template void conditional_batch_norm_combine<T>(Images, const Term<T>*, int, const Term<T>*, const accumulator_t<T>*, \
-                                                  Planes<accumulator_t<T>>, Lines<T>, int);
+#define GDL_INSTANTIATE(T)                                                                                    \
+  template void conditional_batch_norm_moments<T>(Images, Lines<const T>, double*, double*, int);             \
+  template void conditional_batch_norm_sums<T>(Images, const Lines<const T>*, Lines<const T>, Lines<const T>, \
+                                               const accumulator_t<T>*, accumulator_t<T>*, int);              \
+  template void conditional_batch_norm_combine<T>(Images, const Term<T>*, int, const Term<T>*,                \
+                                                  const accumulator_t<T>*, Planes<accumulator_t<T>>, Lines<T>, int);
 GDL_INSTANTIATE(float)
 GDL_INSTANTIATE(double)
 GDL_INSTANTIATE(float16)

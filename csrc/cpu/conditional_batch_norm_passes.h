@@ -37,8 +37,8 @@ template <typename T>
 void conditional_batch_norm_sums(Images images, const Lines<const T>* v, Lines<const T> grad, Lines<const T> x,
                                  const accumulator_t<T>* mean, accumulator_t<T>* sums, int threads);
 
-// out = the sum of weight * tensor over `count` others, + weight * (x - mean), + offset. There are up to two others, and
-// an x unless there is one other.
+// out = the sum of weight * tensor over `count` others, + weight * (x - mean), + offset. There are up to two others,
+// and an x unless there is one other.
 template <typename T>
 void conditional_batch_norm_combine(Images images, const Term<T>* others, int count, const Term<T>* x,
                                     const accumulator_t<T>* mean, Planes<accumulator_t<T>> offset, Lines<T> out,

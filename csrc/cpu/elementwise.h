@@ -1,8 +1,8 @@
 // Loops over a line of numbers of any dtype, written once: in vectors, and the last few one by one.
 //
 // An expression is a generic lambda of `at`, a place in the line. at(p) is what lies there behind a pointer, widened: a
-// vector, or a number near the end. at(c) of a number is that number everywhere. So one expression serves parameters that
-// are the same along the line and such as change.
+// vector, or a number near the end. at(c) of a number is that number everywhere. So one expression serves parameters
+// that are the same along the line and such as change.
 #pragma once
 
 #include <algorithm>
@@ -88,7 +88,8 @@ template <typename E, typename Value, typename... Terms, typename T = accumulato
   while (i + width <= n) {
     Vec<T> sums[count + 1];
     for (auto& sum : sums) sum = Vec<T>{};
-    for (const std::int64_t end = i + std::min<std::int64_t>(kAdditions, (n - i) / width) * width; i < end; i += width) {
+    for (const std::int64_t end = i + std::min<std::int64_t>(kAdditions, (n - i) / width) * width; i < end;
+         i += width) {
       const VectorAt<T> at{i};
       const Vec<T> v = value(at);
       store_rounded(out + i, v);

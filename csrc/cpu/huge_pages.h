@@ -1,8 +1,8 @@
 // Pages of 2 MB for memory that a kernel is about to fill.
 //
-// A large tensor's memory is new to the process, and the first touch of each of its pages costs a trip into the system: in
-// pages of 4 KB more than the kernel itself. Where the system leaves the choice to the process, as most do, it has to be
-// asked for large ones.
+// A large tensor's memory is new to the process, and the first touch of each of its pages costs a trip into the system:
+// in pages of 4 KB more than the kernel itself. Where the system leaves the choice to the process, as most do, it has
+// to be asked for large ones.
 #pragma once
 
 #include <cstdint>

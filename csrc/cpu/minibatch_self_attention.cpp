@@ -82,8 +82,8 @@ void forward(const MapAttention& call, const Map& query, const Map& key, const M
         for (std::int64_t k = 0; k < call.keys(); k += kKeysAtOnce) {
           const int some = static_cast<int>(std::min<std::int64_t>(kKeysAtOnce, call.keys() - k));
           const std::int64_t row = n * call.keys() + k;
-          gemm<false>(some, lanes, static_cast<int>(depth), keys.row(row), depth, 1,
-                      s.query.by_channel.get(), kQueryTile, s.scores.get(), kQueryTile);
+          gemm<false>(some, lanes, static_cast<int>(depth), keys.row(row), depth, 1, s.query.by_channel.get(),
+                      kQueryTile, s.scores.get(), kQueryTile);
           softmax_columns(some, lanes, channels, s);
           gemm<true>(static_cast<int>(channels), lanes, some, values.get() + row * channels, 1, channels,
                      s.scores.get(), kQueryTile, sums, kQueryTile);

@@ -40,8 +40,8 @@ struct Moments {
 template <typename E>
 void double_backward(const MapAttention& call, const Map& grad_grad_query, const Map& grad_grad_key,
                      const Map& grad_grad_value, const Map& grad_out, const Map& query, const Map& key,
-                     const Map& value, const Map& out, const void* lse, const Map& grad_grad_out,
-                     const Map& grad_query, const Map& grad_key, const Map& grad_value) {
+                     const Map& value, const Map& out, const void* lse, const Map& grad_grad_out, const Map& grad_query,
+                     const Map& grad_key, const Map& grad_value) {
   using T = accumulator_t<E>;
   const std::int64_t depth = features(call), channels = call.value_channels, tiles = query_tiles(call);
   const ScoreKeys<T> keys = pack_score_keys<E>(call, key);

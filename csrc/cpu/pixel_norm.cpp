@@ -75,9 +75,8 @@ void forward_planes(const Images& images, double eps, Lines<const T> x, Lines<T>
   for_each_tile(images, tile_pixels<T>(images, 1), threads, [=](int64_t n, int64_t first, int64_t count) {
     alignas(64) A sums[1][kRun];
     const A* r = sums[0];
-    sum_over_channels(images.channels, count, sums, [=](int64_t c) {
-      return [in = x.at(n, c) + first](auto at) { return at(in) * at(in); };
-    });
+    sum_over_channels(images.channels, count, sums,
+                      [=](int64_t c) { return [in = x.at(n, c) + first](auto at) { return at(in) * at(in); }; });
     write(sums[0], count, [=](auto at) { return A(1) / square_root(at(r) * share + epsilon); });
     for (int64_t c = 0; c < images.channels; ++c) {
       const T* in = x.at(n, c) + first;
@@ -131,8 +130,8 @@ void backward_channels_last(const Images& images, double eps, Lines<const T> gra
   for_each_tile(images, tile_pixels<T>(images, 2), threads, [=](int64_t n, int64_t first, int64_t count) {
     for (int64_t pixel = first; pixel < first + count; ++pixel) {
       const T *in = x.at(n, pixel), *g = grad.at(n, pixel);
-      const auto [square, product] = sum_up<A>(
-          images.channels, [=](auto at) { return at(in) * at(in); }, [=](auto at) { return at(in) * at(g); });
+      const auto [square, product] =
+          sum_up<A>(images.channels, [=](auto at) { return at(in) * at(in); }, [=](auto at) { return at(in) * at(g); });
       const A r = A(1) / std::sqrt(square * share + static_cast<A>(eps)), mean = product * share * r;
       write(dx.at(n, pixel), images.channels, [=](auto at) { return r * (at(g) - r * at(in) * mean); });
     }

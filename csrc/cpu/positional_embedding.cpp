@@ -21,8 +21,8 @@ constexpr int64_t kRows = 64;
 // A token that more positions share, such as padding, is summed by several threads, each some of its columns.
 constexpr int64_t kShared = 256;
 
-// sin(pi/2 x) = x + x p(x^2) on [-1, 1], lowest power first: p is pi/2 - 1, and the rest by Chebyshev interpolation, off
-// by 1e-10 (float) and 1e-18 before rounding. x apart from its polynomial is rounded least.
+// sin(pi/2 x) = x + x p(x^2) on [-1, 1], lowest power first: p is pi/2 - 1, and the rest by Chebyshev interpolation,
+// off by 1e-10 (float) and 1e-18 before rounding. x apart from its polynomial is rounded least.
 template <typename T>
 struct Sine;
 template <>
@@ -46,8 +46,8 @@ template <typename T>
 inline Vec<T> cosine(IntVec<T> turn) {
   constexpr int bits = 8 * sizeof(T);
   constexpr auto quarter = typename Lanes<T>::Int(1) << (bits - 2);
-  // From the nearest whole turn it is at most half a turn away, on which side is nothing to a cosine; and from a quarter
-  // turn, where the cosine is 0, at most another quarter.
+  // From the nearest whole turn it is at most half a turn away, on which side is nothing to a cosine; and from a
+  // quarter turn, where the cosine is 0, at most another quarter.
   const IntVec<T> sign = turn >> (bits - 1);
   const IntVec<T> near = quarter + sign - (turn ^ sign);
   const Vec<T> x = __builtin_convertvector(near, Vec<T>) * (T(1) / quarter), u = x * x;

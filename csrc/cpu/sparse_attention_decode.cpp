@@ -179,7 +179,7 @@ void decode(const Attention& call, const Strided& query, const Strided& key, con
   struct Part {
     std::int64_t end;  // of its tiles
     int keys;
-    bool all_kept;                      // by every query
+    bool all_kept;                       // by every query
     std::uint64_t queries[kKeysAtOnce];  // bit i: query i keeps the key
     std::int64_t positions[kKeysAtOnce];
     const E *key_rows[kKeysAtOnce], *value_rows[kKeysAtOnce];

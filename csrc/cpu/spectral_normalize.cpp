@@ -111,8 +111,8 @@ void add_rows(const T* const (&rows)[count], const A* factors, int64_t n, A* sum
   }
 }
 
-// What one pass over the matrices computes: s = W v, t = W' f of some factors f, or both with f = s. The row is still in
-// the cache when t takes it: one reading of W makes a power iteration.
+// What one pass over the matrices computes: s = W v, t = W' f of some factors f, or both with f = s. The row is still
+// in the cache when t takes it: one reading of W makes a power iteration.
 enum class Products { kDots, kSums, kBoth };
 
 template <typename T>
@@ -152,8 +152,7 @@ void block_products(Products products, const SpectralMatrix<T>& matrix, const Bl
   const Buffer<T> gathered = make_buffer<T>(matrix.shape.outer > 1 ? kGroup * columns : 0);
   if (products != Products::kDots) std::fill_n(vectors.sums, columns, accumulator_t<T>(0));
   int64_t row = block.first;
-  for (; row + kGroup <= end; row += kGroup)
-    group_products<kGroup>(products, matrix, row, vectors, gathered.get());
+  for (; row + kGroup <= end; row += kGroup) group_products<kGroup>(products, matrix, row, vectors, gathered.get());
   for (; row < end; ++row) group_products<1>(products, matrix, row, vectors, gathered.get());
 }
 
@@ -187,8 +186,7 @@ double finish(Products products, bool iterated, const SpectralMatrix<T>& matrix,
   const int64_t rows = matrix.shape.rows, columns = matrix.shape.columns();
   if (!iterated) {
     double sigma = 0;
-    for (int64_t i = 0; i < rows; ++i)
-      sigma += static_cast<double>(matrix.u[i]) * static_cast<double>(matrix.new_u[i]);
+    for (int64_t i = 0; i < rows; ++i) sigma += static_cast<double>(matrix.u[i]) * static_cast<double>(matrix.new_u[i]);
     std::copy_n(matrix.u, rows, matrix.new_u);
     std::copy_n(matrix.v, columns, matrix.new_v);
     return sigma;
@@ -212,8 +210,8 @@ double finish(Products products, bool iterated, const SpectralMatrix<T>& matrix,
 }  // namespace
 
 template <typename T>
-void spectral_normalize_forward(const std::vector<SpectralMatrix<T>>& matrices, int iterations, bool v_first, double eps,
-                                accumulator_t<T>* sigmas, int threads) {
+void spectral_normalize_forward(const std::vector<SpectralMatrix<T>>& matrices, int iterations, bool v_first,
+                                double eps, accumulator_t<T>* sigmas, int threads) {
   using A = accumulator_t<T>;
   const int64_t count = static_cast<int64_t>(matrices.size());
   const std::vector<Block> blocks = blocks_of(matrices);
@@ -235,8 +233,7 @@ void spectral_normalize_forward(const std::vector<SpectralMatrix<T>>& matrices, 
     });
     for_each(count, threads, [&](int64_t i) {
       const SpectralMatrix<T>& m = matrices[i];
-      if (products != Products::kDots)
-        merge(sums.get() + sums_of[i], blocks_in[i], m.shape.columns(), m.new_v);
+      if (products != Products::kDots) merge(sums.get() + sums_of[i], blocks_in[i], m.shape.columns(), m.new_v);
       sigmas[i] = static_cast<A>(finish(products, iterations > 0, m, eps));
     });
   };
@@ -275,8 +272,8 @@ void spectral_normalize_backward(const std::vector<SpectralGradient<T>>& matrice
     double total = 0;
     for (int64_t i = begin; i < end; i += kRun) {
       const T *grad = m.grad + i, *weight = m.weight + i;
-      total += static_cast<double>(
-          sum_up<A>(std::min(kRun, end - i), [=](auto at) { return at(grad) * at(weight); })[0]);
+      total +=
+          static_cast<double>(sum_up<A>(std::min(kRun, end - i), [=](auto at) { return at(grad) * at(weight); })[0]);
     }
     products[b] = total;
   });
@@ -301,11 +298,10 @@ void spectral_normalize_backward(const std::vector<SpectralGradient<T>>& matrice
   });
 }
 
-#define GDL_INSTANTIATE(T)                                                                                       \
-  template void spectral_normalize_forward<T>(const std::vector<SpectralMatrix<T>>&, int, bool, double,          \
-                                              accumulator_t<T>*, int);                                           \
-  template void spectral_normalize_backward<T>(const std::vector<SpectralGradient<T>>&, const accumulator_t<T>*, \
-                                               int);
+#define GDL_INSTANTIATE(T)                                                                              \
+  template void spectral_normalize_forward<T>(const std::vector<SpectralMatrix<T>>&, int, bool, double, \
+                                              accumulator_t<T>*, int);                                  \
+  template void spectral_normalize_backward<T>(const std::vector<SpectralGradient<T>>&, const accumulator_t<T>*, int);
 GDL_INSTANTIATE(float)
 GDL_INSTANTIATE(double)
 GDL_INSTANTIATE(float16)

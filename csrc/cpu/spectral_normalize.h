@@ -37,12 +37,12 @@ struct SpectralGradient {
   const accumulator_t<T>* v;
 };
 
-// out = W / sigma with sigma = u' W v, after `iterations` times u = W v / max(|W v|, eps), then v likewise of W' u; with
-// v_first v, then u. new_u, new_v: the last of them, or u and v again where there are no iterations.
-// T: float, double, float16 or bfloat16. The same bits for any number of threads.
+// out = W / sigma with sigma = u' W v, after `iterations` times u = W v / max(|W v|, eps), then v likewise of W' u;
+// with v_first v, then u. new_u, new_v: the last of them, or u and v again where there are no iterations. T: float,
+// double, float16 or bfloat16. The same bits for any number of threads.
 template <typename T>
-void spectral_normalize_forward(const std::vector<SpectralMatrix<T>>& matrices, int iterations, bool v_first, double eps,
-                                accumulator_t<T>* sigmas, int threads);
+void spectral_normalize_forward(const std::vector<SpectralMatrix<T>>& matrices, int iterations, bool v_first,
+                                double eps, accumulator_t<T>* sigmas, int threads);
 
 // grad_weight = (G - <G, W / sigma> u v') / sigma
 template <typename T>

@@ -142,9 +142,8 @@ cudaError_t adain_backward(const std::string& dtype, Images images, const AdainB
   const auto tensors = {arguments.grad, arguments.x, read_only(arguments.dx)};
   return choose(dtype, images, tensors, prologue.noise, [&](auto choice) {
     using C = decltype(choice);
-    return prologue.active
-               ? launch<Backward<typename C::T, C::V, C::W, true>>(arguments, images, scratch, stream)
-               : launch<Backward<typename C::T, C::V, C::W, false>>(arguments, images, scratch, stream);
+    return prologue.active ? launch<Backward<typename C::T, C::V, C::W, true>>(arguments, images, scratch, stream)
+                           : launch<Backward<typename C::T, C::V, C::W, false>>(arguments, images, scratch, stream);
   });
 }
 

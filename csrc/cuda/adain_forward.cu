@@ -10,8 +10,8 @@ using std::int64_t;
 template <int V, int W>
 constexpr int kThreadsOf = W == 1 ? 1024 : 512;
 template <int V, int W>
-constexpr Capacity kCapacityOf{V, W, 1, V == 1 ? 4 : 16 / V, kThreadsOf<V, W>,
-                               kRecordBytes<kThreadsOf<V, W>, Moments<W>, Nothing>};
+constexpr Capacity kCapacityOf{
+    V, W, 1, V == 1 ? 4 : 16 / V, kThreadsOf<V, W>, kRecordBytes<kThreadsOf<V, W>, Moments<W>, Nothing>};
 
 // What is read of the planes, and the moments of it.
 template <typename T, int V, int W, bool kActive>
@@ -187,9 +187,8 @@ cudaError_t adain_forward(const std::string& dtype, Images images, const AdainFo
   const Prologue& prologue = arguments.prologue;
   return choose(dtype, images, {arguments.x, read_only(arguments.y)}, prologue.noise, [&](auto choice) {
     using C = decltype(choice);
-    return prologue.active
-               ? launch<Forward<typename C::T, C::V, C::W, true>>(arguments, images, scratch, stream)
-               : launch<Forward<typename C::T, C::V, C::W, false>>(arguments, images, scratch, stream);
+    return prologue.active ? launch<Forward<typename C::T, C::V, C::W, true>>(arguments, images, scratch, stream)
+                           : launch<Forward<typename C::T, C::V, C::W, false>>(arguments, images, scratch, stream);
   });
 }
 

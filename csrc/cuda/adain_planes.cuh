@@ -220,9 +220,7 @@ __global__ void __launch_bounds__(Pass::kCapacity.threads, 1)
   const bool whole = step == Step::kAfter || (step == Step::kOutputs && !Pass::kWrites);
   const Place place = place_of(images, split, Pass::kCapacity.planes, block, whole ? 1 : split.blocks);
   const int stride = split.channels_last ? split.slots : 1, cluster = step == Step::kAll ? split.blocks : 1;
-  const auto record = [&](int b) {
-    return (std::int64_t{place.group} * split.blocks + b) * split.slots + place.slot;
-  };
+  const auto record = [&](int b) { return (std::int64_t{place.group} * split.blocks + b) * split.slots + place.slot; };
 
   if constexpr (Pass::kAfter) {
     if (step == Step::kAfter) {
@@ -318,8 +316,8 @@ cudaError_t launch(const typename Pass::Arguments& arguments, const Images& imag
   };
 
   if (split.fits()) {
-    const cudaError_t error = cudaFuncSetAttribute(adain_pass<Pass>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   split.shared_bytes);
+    const cudaError_t error =
+        cudaFuncSetAttribute(adain_pass<Pass>, cudaFuncAttributeMaxDynamicSharedMemorySize, split.shared_bytes);
     if (error != cudaSuccess) return error;
     config.dynamicSmemBytes = static_cast<std::size_t>(split.shared_bytes);
     config.attrs = &cluster;

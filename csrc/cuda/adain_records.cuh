@@ -100,8 +100,7 @@ __device__ void merge_lanes(Record& record, int stride, int span) {
   for (int offset = stride; offset < span; offset *= 2) {
     Record other;
 #pragma unroll
-    for (int i = 0; i < kWords<Record>; ++i)
-      word(other, i) = __shfl_xor_sync(0xffffffffu, word(record, i), offset);
+    for (int i = 0; i < kWords<Record>; ++i) word(other, i) = __shfl_xor_sync(0xffffffffu, word(record, i), offset);
     record.add(other);
   }
   // Merged the other way around, the others' differ from it in the last place.

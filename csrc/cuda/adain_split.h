@@ -16,14 +16,14 @@ constexpr int kWarp = 32;
 
 struct Split {
   std::int64_t units, vectors;
-  std::int64_t groups;   // of units: those that a block has at a time
-  int chunk;             // vectors of a unit that one block takes
-  int blocks;            // that share a group
-  int slots;             // units in a group, a power of two
-  int members;           // threads of a block that share a unit, a power of two
-  int shared_bytes;      // of a block, where its chunk stays there; then one launch does everything
+  std::int64_t groups;  // of units: those that a block has at a time
+  int chunk;            // vectors of a unit that one block takes
+  int blocks;           // that share a group
+  int slots;            // units in a group, a power of two
+  int members;          // threads of a block that share a unit, a power of two
+  int shared_bytes;     // of a block, where its chunk stays there; then one launch does everything
   bool channels_last;
-  float per_pixel;       // one by the pixels of a plane
+  float per_pixel;  // one by the pixels of a plane
 
   int threads() const { return slots * members; }
   bool fits() const { return shared_bytes > 0; }
@@ -63,9 +63,9 @@ inline Split share_out(const Images& images, const Capacity& kernel, const Gpu& 
   // A plane is shared by blocks of no more threads, where it can be: several run side by side on a multiprocessor, and
   // while one waits for its sums the others use the memory.
   constexpr int kPreferredThreads = 512, kThreadsInTwoLaunches = 256;
-  constexpr int kNeighbours = 8;        // a line of the cache, in vectors of 16 bytes
-  constexpr int kMostInCluster = 8;     // that every GPU with clusters can launch
-  constexpr int kMostBlocks = 256;      // in two launches: as many records as a block merges with one a thread
+  constexpr int kNeighbours = 8;     // a line of the cache, in vectors of 16 bytes
+  constexpr int kMostInCluster = 8;  // that every GPU with clusters can launch
+  constexpr int kMostBlocks = 256;   // in two launches: as many records as a block merges with one a thread
 
   Split split{};
   split.channels_last = images.channels_last;
@@ -93,9 +93,8 @@ inline Split share_out(const Images& images, const Capacity& kernel, const Gpu& 
       while (split.blocks < kMostInCluster && too_large(threads / split.blocks * split.slots)) split.blocks *= 2;
     };
     halve_while([&](std::int64_t block) { return block > kPreferredThreads; });
-    halve_while([&](std::int64_t block) {
-      return block > 4 * kWarp && split.groups * split.blocks < gpu.multiprocessors;
-    });
+    halve_while(
+        [&](std::int64_t block) { return block > 4 * kWarp && split.groups * split.blocks < gpu.multiprocessors; });
   }
   split.members = static_cast<int>(std::min(threads / split.blocks, limit));
   if (!images.channels_last && split.members <= kWarp) {
@@ -115,8 +114,8 @@ inline Split share_out(const Images& images, const Capacity& kernel, const Gpu& 
 
   split.members = kThreadsInTwoLaunches / split.slots;
   const std::int64_t tiles = ceil_divide(split.vectors, split.members * kernel.vectors());
-  const std::int64_t busy = std::min(ceil_divide(2 * gpu.multiprocessors, split.groups),
-                                     ceil_divide(split.vectors, split.members));
+  const std::int64_t busy =
+      std::min(ceil_divide(2 * gpu.multiprocessors, split.groups), ceil_divide(split.vectors, split.members));
   const std::int64_t blocks = std::min<std::int64_t>(std::max(tiles, busy), kMostBlocks);
   chunk = whole_rounds(ceil_divide(split.vectors, blocks));
   split.chunk = static_cast<int>(chunk);

@@ -331,7 +331,5 @@ def _three_dimensional(name: str, mask: Tensor, sizes: str) -> Tensor:
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be bool, True for what is kept, got {mask.dtype}")
     if mask.dim() not in (2, 3) or 0 in mask.shape:
-        raise ValueError(
-            f"{name} must be ({sizes}) or (heads, {sizes}), none of them 0, got shape {tuple(mask.shape)}"
-        )
+        raise ValueError(f"{name} must be ({sizes}) or (heads, {sizes}), none of them 0, got shape {tuple(mask.shape)}")
     return mask if mask.dim() == 3 else mask[None]

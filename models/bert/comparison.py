@@ -33,9 +33,7 @@ def pairs_of_segments(config: Config, batch: int) -> tuple[Tensor, Tensor]:
     return tokens, (torch.arange(config.context) >= half + 2).long().expand(batch, -1)
 
 
-def problem(
-    config: Config, tokens: Tensor, token_types: Tensor, dtype: torch.dtype, device: str, seed: int
-) -> Problem:
+def problem(config: Config, tokens: Tensor, token_types: Tensor, dtype: torch.dtype, device: str, seed: int) -> Problem:
     """The same model at every call. The output is the encoder's; the loss that of tokens that are hidden first."""
     torch.manual_seed(seed)
     model = BertForMaskedLM(config).to(device=device, dtype=dtype).train()

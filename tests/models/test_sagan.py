@@ -71,9 +71,7 @@ class PeerDown(nn.Module):
     def __init__(self, inputs: int, outputs: int, first: bool, halve: bool) -> None:
         super().__init__()
         self.first = first
-        self.convolutions = nn.ModuleList(
-            spectral_norm(nn.Conv2d(c, outputs, 3, padding=1)) for c in (inputs, outputs)
-        )
+        self.convolutions = nn.ModuleList(spectral_norm(nn.Conv2d(c, outputs, 3, padding=1)) for c in (inputs, outputs))
         self.shortcut = spectral_norm(nn.Conv2d(inputs, outputs, 1))
         self.reduce = nn.AvgPool2d(2) if halve else nn.Identity()
 

@@ -542,9 +542,7 @@ def test_a_padding_mask_of_any_strides() -> None:
     padding = torch.rand(3, 60) < 0.4
     masks = (padding, padding.t().contiguous().t(), F.pad(padding, (1, 2))[:, 1:-2])
     outs = [
-        sparse_attention(
-            query, key, value, layouts.causal(60), query_start=30, key_padding_mask=mask, backend=backend
-        )
+        sparse_attention(query, key, value, layouts.causal(60), query_start=30, key_padding_mask=mask, backend=backend)
         for mask in masks
         for backend in ("cpu", "reference")
     ]

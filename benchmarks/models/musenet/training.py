@@ -61,9 +61,7 @@ def case(config: Config, device: torch.device) -> Case:
         return plain.bits_per_token(model, tokens, plain.masked(layout.dense_mask()))
 
     by_runs = _with_gradients(model, lambda tokens: plain.bits_per_token(model, tokens, runs))
-    task = Task(
-        _with_gradients(exact, lambda tokens: plain.bits_per_token(exact, tokens, runs)), by_runs, flops, moved
-    )
+    task = Task(_with_gradients(exact, lambda tokens: plain.bits_per_token(exact, tokens, runs)), by_runs, flops, moved)
     return Case(
         name=_name(config),
         shape=f"{parameters / 1e6:.2f} M parameters, {config.layers} layers, {config.heads} heads, width "
