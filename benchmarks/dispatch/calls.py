@@ -59,7 +59,7 @@ class _Timed:
             return binding
 
         def timed(*args: Any) -> Any:
-            self.seconds += _seconds(lambda: binding(*args))
+            self.seconds += seconds(lambda: binding(*args))
             return binding(*args)
 
         return timed
@@ -70,14 +70,14 @@ def _launcher(launch: Callable[[], Any]) -> Kernel:
 
     @torch.no_grad()
     def kernel(_run: Callable[[], Any]) -> float:
-        return _seconds(launch)
+        return seconds(launch)
 
     return kernel
 
 
-def _seconds(run: Callable[[], Any]) -> float:
-    # Few in a round, as pytest-benchmark has it: the fastest is then one that nothing else has interrupted.
-    return min(timeit.repeat(run, number=5, repeat=500)) / 5
+def seconds(run: Callable[[], Any]) -> float:
+    """Of the fastest round: a round has few calls, so that nothing else interrupts the fastest."""
+    return min(timeit.repeat(run, number=5, repeat=200)) / 5
 
 
 #: By name, what makes a call whose inputs require a gradient or do not.

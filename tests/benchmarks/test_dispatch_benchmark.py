@@ -33,7 +33,7 @@ def test_the_time_of_bindings_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None
         timed.append(run())  # type: ignore[operator]
         return 0.25
 
-    monkeypatch.setattr(calls, "_seconds", seconds)
+    monkeypatch.setattr(calls, "seconds", seconds)
     call = calls.OURS["adain"](False)
     expected, got = call.run(), []
     assert calls.bindings(lambda: got.extend([call.run(), call.run()])) == 0.5

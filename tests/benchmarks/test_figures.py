@@ -231,8 +231,10 @@ def written_comparison(path: Path, *, agree: bool, **about: Any) -> None:
 def test_what_calls_cost_is_a_source(root: Path) -> None:
     def call(name: str, group: str, seconds: float, kernel: float | None) -> dict[str, Any]:
         return {
-            "group": group, "params": {"name": name}, "stats": {"min": seconds}, "extra_info": {"kernel": kernel},
-        }  # fmt: skip
+            "group": group,
+            "params": {"name": name},
+            "extra_info": {"seconds": seconds, "kernel": kernel},
+        }
 
     found = {
         "machine_info": {"cpu": {"brand_raw": "Some(R) CPU"}, "threads": 1, "torch": "2.13.0+cpu"},
