@@ -165,6 +165,17 @@ class Choices:
         return self.reasons[name](*args, **kwargs)
 
 
+@contextmanager
+def picking_anew() -> Iterator[None]:
+    """A region in which what was found of earlier calls is not remembered: of each kind the first picks its backend."""
+    global _served
+    before, _served = _served, {}
+    try:
+        yield
+    finally:
+        _served = before
+
+
 # torch.compile runs it as it traces, so a compiled call says it too.
 @torch.compiler.assume_constant_result
 def warn_once(op: str, why: str) -> None:

@@ -7,7 +7,7 @@ import sys
 import threading
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -57,7 +57,6 @@ def test_auto_warns_once_of_each_reason() -> None:
 
 
 def test_a_warning_is_of_the_line_that_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backends, "_served", {})
     monkeypatch.setitem(pixel_norm.choices.reasons, "cpu", lambda *_, **__: ["it rains on images"])
     with pytest.warns(UserWarning, match="it rains on images") as caught:
         gdl.pixel_norm(torch.randn(2, 3, 4, 5))
@@ -175,6 +174,12 @@ def test_regions_of_threads_may_end_in_any_order() -> None:
     assert _backends._regions == []
 
 
+@pytest.fixture(autouse=True)
+def _picking_anew() -> Iterator[None]:
+    with _backends.picking_anew():
+        yield
+
+
 needs_native = pytest.mark.skipif(bool(_native.missing("cpu")), reason="no C++ kernels")
 
 
@@ -286,7 +291,6 @@ def test_a_region_is_another_kind_of_call() -> None:
 
 @needs_native
 def test_no_more_kinds_are_remembered_than_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backends, "_served", {})
     monkeypatch.setattr(_backends, "REMEMBERED", 3)
     serving, made = counted()
     for n in range(1, 9):

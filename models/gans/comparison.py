@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import gdl_kernels
-from gdl_kernels._backends import Choices, Explanation, explain
+from gdl_kernels._backends import Choices, Explanation, explain, picking_anew
 
 from ..compare import Problem
 from .data import Batch, Batches, open_images
@@ -86,7 +86,8 @@ def observed(call: Callable[[], Any]) -> list[Explanation]:
     explaining: list[str] = []
     Choices.pick = noted  # type: ignore[method-assign]
     try:
-        call()
+        with picking_anew():
+            call()
     finally:
         Choices.pick = pick  # type: ignore[method-assign]
     return list(found.values())
