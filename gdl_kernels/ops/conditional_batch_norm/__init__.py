@@ -68,25 +68,21 @@ def conditional_batch_norm(
     given = (None, None) if training else (running_mean, running_var)
     if chosen == "reference":
         y, statistics = reference.conditional_batch_norm(x, gain, bias, *given, eps, group)
+        way = DISPATCHED
     else:
-        y, statistics = op.forward(x, gain, bias, *given, eps, group, chosen)
+        way = way_of("gdl_kernels::conditional_batch_norm", (x, gain, bias, running_mean, running_var, chosen))
+        y, statistics = op.forward.by(way, (x, gain, bias, *given, eps, group, chosen))
     if training and running_mean is not None and running_var is not None and (group or x.numel()):
-        _move(running_mean, running_var, statistics, momentum, chosen)
+        direct = way != DISPATCHED and chosen == "cpu" and not isinstance(momentum, Tensor)
+        # Of inference tensors torch knows when they may change.
+        if direct and not (running_mean.is_inference() or running_var.is_inference()):
+            cpu.move(running_mean, running_var, statistics, momentum)
+        else:
+            _move(running_mean, running_var, statistics, momentum)
     return y
 
 
-def _move(
-    running_mean: Tensor, running_var: Tensor, statistics: Tensor, momentum: float | Tensor, backend: str
-) -> None:
-    if (
-        backend == "cpu"
-        and not isinstance(momentum, Tensor)
-        and way_of("gdl_kernels::conditional_batch_norm", (running_mean, running_var, statistics, backend))
-        != DISPATCHED
-        and not (running_mean.is_inference() or running_var.is_inference())  # torch knows when these may change
-    ):
-        cpu.move(running_mean, running_var, statistics, momentum)
-        return
+def _move(running_mean: Tensor, running_var: Tensor, statistics: Tensor, momentum: float | Tensor) -> None:
     with torch.no_grad():
         mean, _, unbiased_var = statistics.unbind()
         for running, batch in ((running_mean, mean), (running_var, unbiased_var)):
