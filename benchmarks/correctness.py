@@ -37,7 +37,7 @@ def error_share(outputs: Outputs, plain: Outputs, truth: Outputs) -> float:
 
 def matched(outputs: Outputs, plain: Outputs, truth: Outputs) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Each output with its like; a ValueError if their number, a shape or a dtype is not that of ``plain``."""
-    given, expected, exact = map(_tuple, (outputs, plain, truth))
+    given, expected, exact = map(tuple_of, (outputs, plain, truth))
     if len(given) != len(expected):
         raise ValueError(f"it gave {len(given)} outputs, must be {len(expected)}")
     triples = list(zip(given, expected, exact))
@@ -47,5 +47,5 @@ def matched(outputs: Outputs, plain: Outputs, truth: Outputs) -> list[tuple[Tens
     return triples
 
 
-def _tuple(outputs: Outputs) -> tuple[Tensor, ...]:
+def tuple_of(outputs: Outputs) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else outputs

@@ -12,22 +12,26 @@ import torch
 from torch import Tensor
 
 from .cases import Candidate, Case, Contestant, Inputs, Task
-from .correctness import Outputs
+from .correctness import Outputs, tuple_of
 from .launches import launches
 from .memory import peak_growth
 from .results import Result, Row
 from .timing import Call, Plan, by_turns
 
-#: Of each task truth and plain, or which of them failed and how.
-Answers = dict[Task, tuple[Outputs, Outputs] | str]
+#: Of each task how many sets of inputs are compared, truth and plain; or which of these failed and how.
+Answers = dict[Task, tuple[int, Outputs, Outputs] | str]
+
+#: The largest error of fewer numbers than these is a matter of luck: then more sets of inputs are compared, up to so
+#: many, and count as one.
+FEW, MOST_SETS = 4096, 8
 
 
 def run(op: str, candidate: Candidate, plan: Plan, say: Callable[[str], None] = lambda _: None) -> Result:
     """Build and measure one case.
 
-    Every contestant first computes the first set of inputs, which is compared with float64 and compiles whatever
-    compiles; then memory, and on a GPU what is launched, are measured over one call; those that were right are then
-    timed by turns with the ceiling.
+    Every contestant first computes the first set of inputs, or some where outputs are few, which is compared with
+    float64 and compiles whatever compiles; then memory, and on a GPU what is launched, are measured over one call;
+    those that were right are then timed by turns with the ceiling.
 
     An exception ends the row that it is in, or the case where it is nobody's, and the result says so.
 
@@ -58,7 +62,7 @@ def _measured(op: str, case: Case, plan: Plan, say: Callable[[str], None]) -> Re
     rows = []
     for contestant in case.contestants:
         say(f"{case.name}: checking {contestant.name}")
-        rows.append(_examine(contestant, case, sets[0], answers))
+        rows.append(_examine(contestant, case, sets, answers))
     answers.clear()
 
     ceiling = case.ceiling(case.dtype, case.device)
@@ -119,37 +123,39 @@ def _prepared(contestant: Contestant, inputs: Inputs) -> Inputs:
     return inputs if contestant.setup is None else contestant.setup(*inputs)
 
 
-def _examine(contestant: Contestant, case: Case, inputs: Inputs, answers: Answers) -> Row:
+def _examine(contestant: Contestant, case: Case, sets: list[Inputs], answers: Answers) -> Row:
     task = contestant.task or case.task
     row = Row(contestant.name, task.flops, task.bytes, yardstick=contestant.task is not None)
     with _failing(row):
-        prepared = _right(row, contestant, task, inputs, answers)
+        prepared = _right(row, contestant, task, sets, answers)
         if prepared is not None:
             row.peak_bytes = peak_growth(lambda: contestant.function(*prepared), case.device)
             row.launches = launches(lambda: contestant.function(*prepared), case.device)
     return row
 
 
-def _right(row: Row, contestant: Contestant, task: Task, inputs: Inputs, answers: Answers) -> Inputs | None:
+def _right(row: Row, contestant: Contestant, task: Task, sets: list[Inputs], answers: Answers) -> Inputs | None:
     """What a contestant is called with, if it is there and right; else the row says why not."""
     if contestant.explain is not None:
         row.ours = True
-        verdicts = contestant.explain(*inputs).verdicts
+        verdicts = contestant.explain(*sets[0]).verdicts
         row.backend = ", ".join(name for name, verdict in verdicts.items() if verdict == "chosen")
         if row.backend == "reference":
             others = "; ".join(f"{name}: {why}" for name, why in verdicts.items() if name != "reference")
             row.status, row.reason = "unavailable", f"reference would serve it ({others})"
             return None
     if task not in answers:
-        answers[task] = _answer(task, inputs)
+        answers[task] = _answer(task, sets)
     answer = answers[task]
     if isinstance(answer, str):
         row.status, row.reason = "failed", answer
         return None
-    truth, plain = answer
+    count, truth, plain = answer
     try:
-        prepared = _prepared(contestant, inputs)
-        outputs = plain if contestant.function is task.plain else _compared(task, contestant.function(*prepared))
+        prepared = [_prepared(contestant, inputs) for inputs in sets[:count]]
+        outputs = plain
+        if contestant.function is not task.plain:
+            outputs = _as_one([_compared(task, contestant.function(*inputs)) for inputs in prepared])
     except Exception as error:  # a rival may be unable to serve a call, in any way of its own
         row.status, row.reason = "failed" if row.ours else "unavailable", one_line(error)
         return None
@@ -163,17 +169,28 @@ def _right(row: Row, contestant: Contestant, task: Task, inputs: Inputs, answers
     if share > (1 if row.ours else 2):
         row.status, row.reason = "wrong", f"its error against float64 is {share:.3g} times what is allowed"
         return None
-    return prepared
+    return prepared[0]
 
 
-def _answer(task: Task, inputs: Inputs) -> tuple[Outputs, Outputs] | str:
+def _answer(task: Task, sets: list[Inputs]) -> tuple[int, Outputs, Outputs] | str:
     what = "the truth"
     try:
-        truth = task.truth(*map(_double, inputs))
+        truths = [task.truth(*map(_double, sets[0]))]
+        numbers = sum(output.numel() for output in tuple_of(truths[0]))
+        count = 1 if numbers >= FEW else min(len(sets), MOST_SETS)
+        truths += [task.truth(*map(_double, inputs)) for inputs in sets[1:count]]
         what = "plain PyTorch"
-        return truth, task.plain(*inputs)
+        return count, _as_one(truths), _as_one([task.plain(*inputs) for inputs in sets[:count]])
     except Exception as error:
         return f"{what}: {one_line(error)}"
+
+
+def _as_one(outputs: list[Outputs]) -> Outputs:
+    """The outputs of several sets of inputs, each with one dimension more; of one set they are as they are."""
+    if len(outputs) == 1:
+        return outputs[0]
+    stacked = tuple(torch.stack(each) for each in zip(*map(tuple_of, outputs)))
+    return stacked[0] if isinstance(outputs[0], Tensor) else stacked
 
 
 def _compared(task: Task, outputs: Outputs) -> Outputs:

@@ -26,7 +26,7 @@ from benchmarks.correctness import error_share
 from benchmarks.launches import launches
 from benchmarks.memory import peak_growth
 from benchmarks.results import Bar, Result, Row, exponent, geometric_mean
-from benchmarks.runner import run
+from benchmarks.runner import FEW, run
 from benchmarks.tables import result_table
 from benchmarks.timing import Plan, by_turns
 from gdl_kernels._backends import Explanation
@@ -39,13 +39,13 @@ def _square(x: Tensor) -> Tensor:
     return x * x
 
 
-def _tiny(*contestants: Contestant, dtype: torch.dtype = torch.float32) -> Case:
+def _tiny(*contestants: Contestant, dtype: torch.dtype = torch.float32, numbers: int = FEW) -> Case:
     return Case(
         name="square",
-        shape="16",
+        shape=f"{numbers}",
         dtype=dtype,
         device=CPU,
-        inputs=lambda generator: (torch.randn(16, generator=generator, dtype=dtype),),
+        inputs=lambda generator: (torch.randn(numbers, generator=generator, dtype=dtype),),
         task=Task(_square, _square, flops=16.0, bytes=128.0),
         contestants=contestants,
         ceiling=_low,
@@ -69,7 +69,7 @@ OURS = Contestant("ours", lambda x: x**2, explain=_verdicts(reference="can", cpu
         (lambda x: x * x + 1e-3, "times what is allowed"),
         (lambda x: torch.where(x == x.max(), torch.nan, x * x), "inf times"),
         (lambda x: x.double() * x.double(), "must be torch.float32"),
-        (lambda x: (x * x)[:-1], r"must be torch.float32 (16,)"),
+        (lambda x: (x * x)[:-1], r"must be torch.float32 (4096,)"),
         (lambda x: (x * x, x), "2 outputs, must be 1"),
     ],
     ids=["off", "one NaN", "dtype", "shape", "count"],
@@ -111,6 +111,28 @@ def test_twice_the_error_of_plain_is_allowed_and_no_more() -> None:
     truth = torch.randn(64).double()  # the last place of float64 is far below these errors
     plain = truth + 1e-3
     assert error_share(truth + 1.9e-3, plain, truth) < 1 < error_share(truth + 2.1e-3, plain, truth)
+
+
+def _off(*errors: float) -> Callable[[Tensor], Tensor]:
+    """The square with a given error at each call."""
+    left = list(errors)
+    return lambda x: x * x + (left.pop(0) if left else 0.0)
+
+
+@pytest.mark.parametrize(("numbers", "status"), [(FEW - 1, "wrong"), (FEW, "timed")])
+def test_few_numbers_are_compared_on_all_sets_of_inputs(numbers: int, status: str) -> None:
+    ours = Contestant("ours", _off(0, 0, 1e-3), explain=OURS.explain)
+    row = run("tiny", _tiny(ours, numbers=numbers), PLAN).ours
+    assert row is not None
+    assert row.status == status
+
+
+def test_where_plain_is_exact_by_luck_other_sets_of_inputs_count_too() -> None:
+    task = Task(_square, _off(0, 1e-3, 1e-3), flops=16.0, bytes=128.0)
+    ours = Contestant("ours", _off(1e-3, 1e-3, 1e-3), explain=OURS.explain)
+    row = run("tiny", dataclasses.replace(_tiny(ours, numbers=16), task=task), PLAN).ours
+    assert row is not None
+    assert row.status == "timed"
 
 
 def test_reference_is_never_called_ours() -> None:
@@ -236,7 +258,7 @@ def test_what_is_compared_is_what_the_task_says(wrong_at: int, status: str) -> N
         return x[rows] ** 2
 
     def almost(x: Tensor) -> Tensor:
-        return torch.where(torch.arange(16) == wrong_at, 7.0, x * x)
+        return torch.where(torch.arange(len(x)) == wrong_at, 7.0, x * x)
 
     task = Task(some, some, flops=16.0, bytes=128.0, compared=lambda output: output[rows])
     case = dataclasses.replace(_tiny(Contestant("almost", almost)), task=task)
