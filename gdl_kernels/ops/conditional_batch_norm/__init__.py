@@ -73,9 +73,12 @@ def conditional_batch_norm(
         way = way_of("gdl_kernels::conditional_batch_norm", (x, gain, bias, running_mean, running_var, chosen))
         y, statistics = op.forward.by(way, (x, gain, bias, *given, eps, group, chosen))
     if training and running_mean is not None and running_var is not None and (group or x.numel()):
-        direct = way != DISPATCHED and chosen == "cpu" and not isinstance(momentum, Tensor)
-        # Of inference tensors torch knows when they may change.
-        if direct and not (running_mean.is_inference() or running_var.is_inference()):
+        if (
+            way != DISPATCHED
+            and chosen == "cpu"
+            and not isinstance(momentum, Tensor)
+            and not (running_mean.is_inference() or running_var.is_inference())  # torch knows when these may change
+        ):
             cpu.move(running_mean, running_var, statistics, momentum)
         else:
             _move(running_mean, running_var, statistics, momentum)
