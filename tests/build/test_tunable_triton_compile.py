@@ -99,10 +99,10 @@ def spectral_normalize(dtype: torch.dtype) -> None:
     from gdl_kernels.ops.spectral_normalize import triton as kernels
 
     weights = [torch.empty(shape, dtype=dtype) for shape in ((64, 512), (64, 16))]
-    us, vs = ([torch.empty(length(w.shape)) for w in weights] for length in (op._rows, op._columns))
-    outputs = op._outputs(weights)
+    us, vs = [torch.empty(64) for _ in weights], [torch.empty(w.shape[1]) for w in weights]
+    outputs = op._outputs(weights, us, vs)
     kernels.forward(outputs, weights, us, vs, 1, 1e-12, "torch", "triton")
-    kernels.backward(weights, weights, weights, us, vs, outputs[3], "triton")
+    kernels.backward(weights, weights, weights, outputs[1], "triton")
 
 
 def orthogonal_regularization(dtype: torch.dtype) -> None:
