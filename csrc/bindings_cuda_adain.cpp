@@ -1,6 +1,6 @@
 #include <pybind11/functional.h>
 
-#include "bindings_images.h"
+#include "bindings_cuda_images.h"
 #include "cuda/adain.h"
 #include "cuda/check.h"
 

@@ -1,4 +1,4 @@
-#include "bindings_images.h"
+#include "bindings_cuda_images.h"
 #include "cuda/check.h"
 #include "cuda/pixel_norm.h"
 

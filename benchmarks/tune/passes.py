@@ -14,7 +14,7 @@ from torch import Tensor
 from gdl_kernels import _triton, _tuned
 from gdl_kernels._tuned import Config, Key, Tunable
 
-from ..correctness import Outputs
+from ..correctness import Outputs, tuple_of
 
 #: Called with the inputs and a backend.
 Function = Callable[..., Any]
@@ -102,9 +102,9 @@ def derivative(
     """
     inputs = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
     if order == 0:  # with what a backward pass would need, as in training
-        return lambda: tuple(output.detach() for output in _tuple(function(*inputs)))
+        return lambda: tuple(output.detach() for output in tuple_of(function(*inputs)))
     leaves = [x for x in inputs if x.requires_grad]
-    results = _tuple(function(*inputs))
+    results = tuple_of(function(*inputs))
     if order == 2:
         cotangents = [_drawn_like(x, generator).requires_grad_() for x in results]
         results = torch.autograd.grad(results, leaves, cotangents, create_graph=True)
@@ -112,10 +112,6 @@ def derivative(
     last = [_drawn_like(x, generator) for x in results]
     # A gradient may be no function of a leaf, as that of a sum isn't of what is added.
     return lambda: torch.autograd.grad(results, leaves, last, retain_graph=True, materialize_grads=True)
-
-
-def _tuple(outputs: Any) -> tuple[Tensor, ...]:
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
 def _drawn_like(x: Tensor, generator: torch.Generator) -> Tensor:

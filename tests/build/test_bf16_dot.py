@@ -41,7 +41,8 @@ print("checked", len(CASES))
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on PATH")
 def test_bf16_dot_products_are_as_accurate_as_plain_pytorch(tmp_path: Path) -> None:
-    sources = ["bindings_module.cpp", "bindings_cpu_sparse_attention.cpp", *(f"cpu/{p.name}" for p in attention())]
+    bindings = ["bindings_module.cpp", "bindings_cpu_calls.cpp", "bindings_cpu_sparse_attention.cpp"]
+    sources = [*bindings, *(f"cpu/{p.name}" for p in attention())]
     objects = [tmp_path / f"{name.replace('/', '-')}.o" for name in sources]
     flags = ["-O1", "-std=c++17", "-fPIC", "-fopenmp", "-Wno-psabi", "-DGDL_EMULATE_BF16_DOT"]
     if torch.backends.cpu.get_cpu_capability() == "AVX512":  # the registers of the CPUs that have the instruction

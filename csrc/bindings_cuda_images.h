@@ -1,4 +1,4 @@
-// How a binding takes images from gdl_kernels/_images.py.
+// How bindings of the CUDA kernels take images from gdl_kernels/_images.py.
 #pragma once
 
 #include <tuple>
