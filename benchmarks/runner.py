@@ -21,8 +21,8 @@ from .timing import Call, Plan, by_turns
 #: Of each task how many sets of inputs are compared, truth and plain; or which of these failed and how.
 Answers = dict[Task, tuple[int, Outputs, Outputs] | str]
 
-#: The largest error of fewer numbers than these is a matter of luck: then more sets of inputs are compared, up to so
-#: many, and count as one.
+#: The largest error of fewer numbers than these, in all outputs, is a matter of luck: then more sets of inputs are
+#: compared, up to so many, and count as one.
 FEW, MOST_SETS = 4096, 8
 
 

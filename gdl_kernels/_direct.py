@@ -1,7 +1,7 @@
 """Calls of an op past torch's dispatcher, where all that it would do is to find the kernel.
 
 To the dispatcher an op written in Python is a chain of calls from C++ into Python and back, with every argument boxed
-and unboxed on the way: for the 10 arguments of ``adain`` it takes 20 us, many times as long as a small kernel. So an
+and unboxed on the way: of ``adain`` it takes 6 us, with a gradient 34, many times as long as a small kernel. So an
 eager call on plain tensors goes to the kernel directly, and its gradient is a ``torch.autograd.Function``. Whatever
 looks at ops, or changes what they mean, is asked for first, and sees them through the dispatcher as ever:
 ``torch.compile``, modes, transforms, subclasses of tensors, the profiler. A call's arguments are looked at in C++, with
