@@ -18,10 +18,11 @@ def draw_seed(device: torch.device) -> Tensor:
     """A fresh seed, int64 ``()`` on a device.
 
     From torch's generator of the CPU, whatever the device: after one ``torch.manual_seed`` every device has the same.
-    While a CUDA graph is captured, from that GPU's generator, so that every replay has another.
+    Where a CUDA graph is captured or ``torch.compile`` may make one, from that GPU's generator, so that every replay
+    has another.
     """
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return torch.randint(2**63 - 1, (), device=device if capturing else "cpu").to(device)
+    recorded = device.type == "cuda" and (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
+    return torch.randint(2**63 - 1, (), device=device if recorded else "cpu").to(device)
 
 
 def philox(seed: Tensor, counters: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int]) -> list[Tensor]:

@@ -83,7 +83,9 @@ def direct(weight: Tensor, gram: str) -> tuple[Tensor, Tensor]:
 def check(weights: Sequence[Tensor], backend: str, **call: Any) -> None:
     ours, plain = run(weights, backend, **call), run(weights, "reference", **call)
     exact = run([w.double() for w in weights], "reference", **call)
-    assert_accurate(ours[0], plain[0], exact[0], "penalty", ulps=8)  # one number, which plain PyTorch may have by luck
+    # One number, which plain PyTorch may have by luck. Tensor cores cut sums off, which is not made good over a sum.
+    tensor_cores = backend == "triton" and not INTERPRETING and weights[0].dtype in (torch.float16, torch.bfloat16)
+    assert_accurate(ours[0], plain[0], exact[0], "penalty", ulps=32 if tensor_cores else 8)
     for weight, *grads in zip(weights, ours[1], plain[1], exact[1]):
         # Of many small matrices plain PyTorch has some by luck to the last place.
         assert_accurate(*grads, what=f"gradient of {tuple(weight.shape)}", ulps=4)
