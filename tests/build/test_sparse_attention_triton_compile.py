@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,24 @@ def test_resources(
             if name in ("_forward", "_grad_query", "_grad_key_value"):
                 by_copy_engine = "cp.async.bulk.tensor" in kernel.asm["ptx"]
                 assert by_copy_engine == (target >= 90), f"{name} loads its tiles the other way"
+
+
+@pytest.mark.parametrize("target", [80, 90])
+def test_no_term_is_added_twice(target: int, compiled: Compiled) -> None:
+    """A lane holds so many terms of a factor that four lanes hold them all: with more, Triton would add some twice."""
+    layout, seed = layouts.causal(64, block_size=16), torch.randint(2**63 - 1, ())
+    padding = torch.rand(2, 64) < 0.3
+    call = (padding, layout.tensors(), layout.sizes(), 0.25, 0, None, 0.2, seed, "triton")
+    launch_all(64, 64, 16, torch.float16, call)
+    factor = re.compile(r"tensor<(\d+)x(\d+)xf16, #ttg.dot_op<{opIdx = (\d), parent = #mma\d*, kWidth = (\d+)}>>")
+    found = {name: factor.findall(kernel.asm["ttgir"]) for name, kernel in compiled}
+    assert {"_forward", "_grad_query", "_grad_key_value", "_double_rows", "_double_columns"} <= {
+        n for n in found if found[n]
+    }
+    for name, factors in found.items():
+        for rows, columns, which, in_a_lane in factors:
+            terms = int(rows if which == "1" else columns)
+            assert 4 * int(in_a_lane) <= terms, f"{name}: {in_a_lane} terms in each of four lanes, of {terms}"
 
 
 def start_of(value: int) -> Tensor:

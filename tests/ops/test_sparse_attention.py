@@ -67,7 +67,8 @@ def test_as_accurate_as_plain_pytorch(case: Case, dtype: torch.dtype, kernel: Ke
         return
     if INTERPRETING and dtype != torch.float16 and case.reason not in IN_EVERY_DTYPE:
         pytest.skip("in the interpreter float16 stands for all, but for a few cases")
-    check(case, dtype, backend, device)
+    # A GPU's float32 products add one term after another, plain PyTorch's add parts of a sum.
+    check(case, dtype, backend, device, ulps=8 if backend == "triton" and dtype == torch.float32 else 2)
 
 
 @pytest.mark.skipif(INTERPRETING, reason="this is the interpreter's process")

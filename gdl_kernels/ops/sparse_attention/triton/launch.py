@@ -152,8 +152,10 @@ class Call:
         self.places = places if order.numel() else None
         self.list_step = int(self.rows.lists.splits.shape[0] > 1)  # 0 where all heads share their lists
         self.order_step = order.shape[1] if order.shape[0] > 1 else 0  # 0 where all heads share their order
-        # Contiguous, for a stride that is a length would compile a variant when 16 divides it.
-        self.padding = key_padding_mask if key_padding_mask is None else key_padding_mask.contiguous()
+        # Contiguous, for a stride that is a length would compile a variant when 16 divides it. In 16 bits: Triton lays
+        # a product's factors out by the narrowest number loaded for them, halved where random numbers are joined. For
+        # bytes and dropout that is 32 terms, and a product that has but 16 then adds each twice (Triton 3.6, 3.7).
+        self.padding = None if key_padding_mask is None else key_padding_mask.to(torch.int16).contiguous()
         self.start, self.query_start, self.seed = start_tensor, query_start, seed
         self.scale = scale
         self.threshold, self.keep_scale = int(dropout_p * 2**31), 1 / (1 - dropout_p)
