@@ -2,14 +2,11 @@
 // them all.
 //
 // No native file includes a torch header: it compiles in seconds, links against no libtorch, and one build serves every
-// torch version. Bindings of the CPU's kernels read tensors through DLPack's table of C functions (tensors.h). Those of
-// CUDA's take addresses and sizes as integers, which the launchers in Python read off the tensors.
+// torch version. Bindings read tensors through DLPack's table of C functions (tensors.h).
 #pragma once
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-
-#include <cstdint>
 
 namespace gdl {
 
@@ -26,10 +23,5 @@ struct Binding {
   const Binding* next;
   inline static const Binding* first = nullptr;
 };
-
-template <typename T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 }  // namespace gdl

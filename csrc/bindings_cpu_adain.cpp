@@ -1,7 +1,7 @@
 #include <array>
 #include <tuple>
 
-#include "bindings_cpu_images.h"
+#include "bindings_images.h"
 #include "cpu/adain.h"
 #include "cpu/buffer.h"
 #include "cpu/dispatch.h"
@@ -51,6 +51,37 @@ Modulation<T> modulation_of(ImageReader& reader, const Tensor& scale, const Tens
   return {reader.numbers<const T>(scale), mean, mean + scale.numel()};
 }
 
+// Numbers of every plane, (N, C), for gradients and directions of what is one number a channel, (C).
+template <typename T>
+class OfPlanes {
+ public:
+  explicit OfPlanes(const Images& images)
+      : images_(images), data_(make_buffer<T>(images.count * images.channels)) {}
+
+  // The same for all images; zero where there are none.
+  OfPlanes(const Images& images, const T* of_channels) : OfPlanes(images) {
+    for (std::int64_t n = 0; n < images.count; ++n)
+      for (std::int64_t c = 0; c < images.channels; ++c)
+        data_[n * images.channels + c] = of_channels == nullptr ? T(0) : of_channels[c];
+  }
+
+  T* data() const { return data_.get(); }
+
+  // Sums over images, to an output that is empty where nobody asks for them.
+  void sum(const Tensor& out) const {
+    if (out.numel() == 0) return;
+    for (std::int64_t c = 0; c < images_.channels; ++c) {
+      double total = 0;
+      for (std::int64_t n = 0; n < images_.count; ++n) total += data_[n * images_.channels + c];
+      out.data<T>()[c] = static_cast<T>(total);
+    }
+  }
+
+ private:
+  Images images_;
+  Buffer<T> data_;
+};
+
 void forward(const Tensor& y, const Tensor& statistics, const Tensor& x, const Tensor& scale, const Tensor& shift,
              const PrologueArguments& prologue, double eps, int threads) {
   ImageReader reader(y);
@@ -79,19 +110,23 @@ void backward(const Tensor& dx, const std::array<Tensor, 4>& gradients, const Te
     const Lines<const E> grad_lines = reader.lines<const E>(grad), x_lines = reader.lines<const E>(x);
     const Lines<E> dx_lines = reader.lines<E>(dx);
     const Modulation<T> modulation = modulation_of<T>(reader, scale, statistics);
-    const PlaneGradients<T> planes{gradients[0].data<T>(), gradients[1].data<T>(), gradients[2].data<T>(),
-                                   gradients[3].data<T>()};
+    const auto& [of_scale, of_shift, of_weight, of_bias] = gradients;
+    const OfPlanes<T> weights(reader.images()), biases(reader.images());
+    const PlaneGradients<T> planes{of_scale.data<T>(), of_shift.data<T>(), weights.data(), biases.data()};
     const pybind11::gil_scoped_release without_gil;
     adain_backward<E>(reader.images(), *before, grad_lines, x_lines, modulation, dx_lines, planes,
                       reader.threads(threads));
+    weights.sum(of_weight);
+    biases.sum(of_bias);
   });
 }
 
 // directions: of scale, shift, weight and bias; gradients: of scale, weight and bias
 void double_backward(const Tensor& grad_grad, const Tensor& grad_x, const std::array<Tensor, 3>& gradients,
-                     const Tensor& v, const std::array<Tensor, 4>& directions, const Tensor& grad, const Tensor& x,
+                     const Tensor& v, const std::array<std::optional<Tensor>, 4>& directions, const Tensor& grad, const Tensor& x,
                      const Tensor& scale, const Tensor& statistics, const PrologueArguments& prologue, int threads) {
   ImageReader reader(grad_x);
+  const Images& images = reader.images();
   dispatch(grad_x.dtype_name(), [&](auto type) {
     using E = typename decltype(type)::type;
     using T = accumulator_t<E>;
@@ -100,12 +135,19 @@ void double_backward(const Tensor& grad_grad, const Tensor& grad_x, const std::a
     const Lines<const E> x_lines = reader.lines<const E>(x);
     const Lines<E> grad_grad_lines = reader.lines<E>(grad_grad), grad_x_lines = reader.lines<E>(grad_x);
     const Modulation<T> modulation = modulation_of<T>(reader, scale, statistics);
-    const PlaneDirections<T> given{reader.numbers<const T>(directions[0]), reader.numbers<const T>(directions[1]),
-                                   reader.numbers<const T>(directions[2]), reader.numbers<const T>(directions[3])};
-    const PlaneGradients<T> planes{gradients[0].data<T>(), nullptr, gradients[1].data<T>(), gradients[2].data<T>()};
+    const auto& [v_scale, v_shift, v_weight, v_bias] = directions;
+    const OfPlanes<T> v_weights(images, reader.numbers<const T>(v_weight));
+    const OfPlanes<T> v_biases(images, reader.numbers<const T>(v_bias)), zeros(images, nullptr);
+    const auto or_zeros = [&](const std::optional<Tensor>& v) { return v ? reader.numbers<const T>(*v) : zeros.data(); };
+    const PlaneDirections<T> given{or_zeros(v_scale), or_zeros(v_shift), v_weights.data(), v_biases.data()};
+    const auto& [of_scale, of_weight, of_bias] = gradients;
+    const OfPlanes<T> weights(images), biases(images);
+    const PlaneGradients<T> planes{of_scale.data<T>(), nullptr, weights.data(), biases.data()};
     const pybind11::gil_scoped_release without_gil;
-    adain_double_backward<E>(reader.images(), *before, v_lines, given, grad_lines, x_lines, modulation, grad_grad_lines,
+    adain_double_backward<E>(images, *before, v_lines, given, grad_lines, x_lines, modulation, grad_grad_lines,
                              grad_x_lines, planes, reader.threads(threads));
+    weights.sum(of_weight);
+    biases.sum(of_bias);
   });
 }
 

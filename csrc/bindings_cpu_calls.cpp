@@ -203,7 +203,6 @@ void prefer_huge_pages_for(py::handle out) {
 }
 
 const Binding binding([](py::module_& module) {
-  Tensor::bind();
   torch = new Torch;  // the types live as long as the process
   module.def("look",
              [](const py::tuple& arguments, bool gradients) { return static_cast<int>(look(arguments, gradients)); });

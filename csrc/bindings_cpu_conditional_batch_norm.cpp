@@ -1,4 +1,4 @@
-#include "bindings_cpu_images.h"
+#include "bindings_images.h"
 #include "cpu/buffer.h"
 #include "cpu/conditional_batch_norm.h"
 #include "cpu/dispatch.h"

@@ -1,7 +1,7 @@
 #include <deque>
 #include <string>
 
-#include "bindings_cpu_images.h"
+#include "bindings_images.h"
 #include "cpu/minibatch_self_attention.h"
 
 namespace {

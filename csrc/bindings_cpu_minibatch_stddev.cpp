@@ -1,4 +1,4 @@
-#include "bindings_cpu_images.h"
+#include "bindings_images.h"
 #include "cpu/dispatch.h"
 #include "cpu/minibatch_stddev.h"
 

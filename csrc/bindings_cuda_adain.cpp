@@ -1,109 +1,98 @@
-#include <pybind11/functional.h>
+#include <array>
 
-#include "bindings_cuda_images.h"
-#include "cuda/adain.h"
-#include "cuda/check.h"
+#include "bindings_cuda_adain.h"
 
 namespace {
 
 using namespace gdl;
 
-using Address = std::uintptr_t;
-// (active, noise, stride of its images, weight, bias, slope)
-using PrologueArguments = std::tuple<bool, Address, std::int64_t, Address, Address, double>;
-// Of the planes, in the order of the structs in cuda/adain.h.
-using Three = std::tuple<Address, Address, Address>;
-using Four = std::tuple<Address, Address, Address, Address>;
-// Called with a number of floats, gives the address of memory on the GPU.
-using Allocate = std::function<Address(std::int64_t)>;
+using Maybe = std::optional<Tensor>;
 
-Prologue prologue_of(const PrologueArguments& arguments) {
-  const auto& [active, noise, image, weight, bias, slope] = arguments;
-  return {active,
-          pointer<const float>(noise),
-          image,
-          pointer<const float>(weight),
-          pointer<const float>(bias),
-          static_cast<float>(slope)};
+// statistics: (2, N, C)
+Modulation modulation_of(AdainReader& reader, const Tensor& scale, const Tensor& statistics) {
+  const float* const mean = reader.contiguous(statistics).data<const float>();
+  return {reader.numbers(scale), mean, mean + scale.numel()};
 }
 
-Modulation modulation_of(const Three& planes) {
-  const auto& [scale, mean, rstd] = planes;
-  return {pointer<const float>(scale), pointer<const float>(mean), pointer<const float>(rstd)};
+void forward(const Tensor& y, const Tensor& statistics, const Tensor& x, const Tensor& scale, const Tensor& shift,
+             const PrologueArguments& prologue, double eps, std::uintptr_t stream) {
+  AdainReader reader(y, statistics, stream);
+  float* const mean = statistics.data<float>();
+  const AdainForward arguments{reader.lines<const void>(x), reader.numbers(scale),   reader.numbers(shift),
+                               reader.prologue(prologue),   static_cast<float>(eps), reader.lines<void>(y),
+                               mean,                        mean + scale.numel()};
+  const pybind11::gil_scoped_release without_gil;
+  check(adain_forward(reader.dtype(), reader.images(), arguments, reader.scratch(), reader.stream()), "adain_forward");
 }
 
-template <typename Struct, typename Float>
-Struct planes_of(const Four& planes) {
-  const auto& [scale, shift, weight, bias] = planes;
-  return {pointer<Float>(scale), pointer<Float>(shift), pointer<Float>(weight), pointer<Float>(bias)};
-}
-
-Scratch scratch_of(const Allocate& allocate) {
-  return [&allocate](std::int64_t floats) { return pointer<float>(allocate(floats)); };
-}
-
-void forward(const std::string& dtype, const Shape& shape, bool channels_last, const PrologueArguments& prologue,
-             double eps, const Array& x, Address scale, Address shift, const Array& y, Address mean, Address rstd,
-             const Allocate& allocate, Address stream) {
-  const AdainForward arguments{lines<const void>(x),  pointer<const float>(scale), pointer<const float>(shift),
-                               prologue_of(prologue), static_cast<float>(eps),     lines<void>(y),
-                               pointer<float>(mean),  pointer<float>(rstd)};
-  check(
-      adain_forward(dtype, images(shape, channels_last), arguments, scratch_of(allocate), pointer<CUstream_st>(stream)),
-      "adain_forward");
-}
-
-void statistics(const std::string& dtype, const Shape& shape, bool channels_last, double eps, const Array& x,
-                Address mean, Address deviation, const Allocate& allocate, Address stream) {
-  const AdainStatistics arguments{lines<const void>(x), static_cast<float>(eps), pointer<float>(mean),
-                                  pointer<float>(deviation)};
-  check(adain_statistics(dtype, images(shape, channels_last), arguments, scratch_of(allocate),
-                         pointer<CUstream_st>(stream)),
-        "adain_statistics");
-}
-
-void backward(const std::string& dtype, const Shape& shape, bool channels_last, const PrologueArguments& prologue,
-              const Array& grad, const Array& x, const Three& modulation, const Array& dx, const Four& gradients,
-              const Allocate& allocate, Address stream) {
-  const AdainBackward arguments{lines<const void>(grad),   lines<const void>(x),
-                                modulation_of(modulation), prologue_of(prologue),
-                                lines<void>(dx),           planes_of<PlaneGradients, float>(gradients)};
-  check(adain_backward(dtype, images(shape, channels_last), arguments, scratch_of(allocate),
-                       pointer<CUstream_st>(stream)),
+// gradients: of scale, shift, weight and bias
+void backward(const Tensor& dx, const std::array<Tensor, 4>& gradients, const Tensor& grad, const Tensor& x,
+              const Tensor& scale, const Tensor& statistics, const PrologueArguments& prologue, std::uintptr_t stream) {
+  AdainReader reader(dx, statistics, stream);
+  const auto& [of_scale, of_shift, of_weight, of_bias] = gradients;
+  const AdainBackward arguments{reader.lines<const void>(grad),
+                                reader.lines<const void>(x),
+                                modulation_of(reader, scale, statistics),
+                                reader.prologue(prologue),
+                                reader.lines<void>(dx),
+                                {reader.written(of_scale), reader.written(of_shift), reader.written(of_weight),
+                                 reader.written(of_bias)}};
+  const pybind11::gil_scoped_release without_gil;
+  check(adain_backward(reader.dtype(), reader.images(), arguments, reader.scratch(), reader.stream()),
         "adain_backward");
 }
 
-void double_backward(const std::string& dtype, const Shape& shape, bool channels_last,
-                     const PrologueArguments& prologue, const Array& v, const Four& directions, const Array& grad,
-                     const Array& x, const Three& modulation, const Array& grad_grad, const Array& grad_x,
-                     const Four& gradients, const Allocate& allocate, Address stream) {
-  const AdainDoubleBackward arguments{lines<const void>(v),
-                                      planes_of<PlaneDirections, const float>(directions),
-                                      lines<const void>(grad),
-                                      lines<const void>(x),
-                                      modulation_of(modulation),
-                                      prologue_of(prologue),
-                                      lines<void>(grad_grad),
-                                      lines<void>(grad_x),
-                                      planes_of<PlaneGradients, float>(gradients)};
-  check(adain_double_backward(dtype, images(shape, channels_last), arguments, scratch_of(allocate),
-                              pointer<CUstream_st>(stream)),
+// directions: of scale, shift, weight and bias; gradients: of scale, weight and bias
+void double_backward(const Tensor& grad_grad, const Tensor& grad_x, const std::array<Tensor, 3>& gradients,
+                     const Tensor& v, const std::array<Maybe, 4>& directions, const Tensor& grad, const Tensor& x,
+                     const Tensor& scale, const Tensor& statistics, const PrologueArguments& prologue,
+                     std::uintptr_t stream) {
+  AdainReader reader(grad_x, statistics, stream);
+  const auto& [v_scale, v_shift, v_weight, v_bias] = directions;
+  const auto& [of_scale, of_weight, of_bias] = gradients;
+  const AdainDoubleBackward arguments{
+      reader.lines<const void>(v),
+      {reader.numbers(v_scale), reader.numbers(v_shift), reader.numbers(v_weight), reader.numbers(v_bias)},
+      reader.lines<const void>(grad),
+      reader.lines<const void>(x),
+      modulation_of(reader, scale, statistics),
+      reader.prologue(prologue),
+      reader.lines<void>(grad_grad),
+      reader.lines<void>(grad_x),
+      {reader.written(of_scale), {}, reader.written(of_weight), reader.written(of_bias)}};
+  const pybind11::gil_scoped_release without_gil;
+  check(adain_double_backward(reader.dtype(), reader.images(), arguments, reader.scratch(), reader.stream()),
         "adain_double_backward");
 }
 
-void noise(Address seed, std::int64_t images, std::int64_t pixels, Address out, Address stream) {
-  check(
-      draw_noise(pointer<const std::int64_t>(seed), images, pixels, pointer<float>(out), pointer<CUstream_st>(stream)),
-      "adain_noise");
+// of_style, of_content: (2, N, C)
+void from_style(const Tensor& y, const Tensor& of_style, const Tensor& of_content, const Tensor& content,
+                const Tensor& style, double eps, std::uintptr_t stream) {
+  AdainReader reader(y, of_content, stream), style_reader(style, of_style, stream);
+  const std::int64_t planes = y.size(0) * y.size(1);
+  float *const bias = of_style.data<float>(), *const scale = bias + planes;
+  float *const mean = of_content.data<float>(), *const rstd = mean + planes;
+  const float rounded_eps = static_cast<float>(eps);
+  const AdainStatistics statistics{style_reader.lines<const void>(style), rounded_eps, bias, scale};
+  const AdainForward arguments{reader.lines<const void>(content),
+                               {scale, NumberType::kFloat},
+                               {bias, NumberType::kFloat},
+                               {},
+                               rounded_eps,
+                               reader.lines<void>(y),
+                               mean,
+                               rstd};
+  const pybind11::gil_scoped_release without_gil;
+  check(adain_statistics(reader.dtype(), style_reader.images(), statistics, style_reader.scratch(), reader.stream()),
+        "adain_statistics");
+  check(adain_forward(reader.dtype(), reader.images(), arguments, reader.scratch(), reader.stream()), "adain_forward");
 }
 
 const Binding binding([](pybind11::module_& module) {
-  const pybind11::call_guard<pybind11::gil_scoped_release> without_gil;
-  module.def("adain_forward", &forward, without_gil);
-  module.def("adain_statistics", &statistics, without_gil);
-  module.def("adain_backward", &backward, without_gil);
-  module.def("adain_double_backward", &double_backward, without_gil);
-  module.def("adain_noise", &noise, without_gil);
+  module.def("adain_forward", &forward);
+  module.def("adain_backward", &backward);
+  module.def("adain_double_backward", &double_backward);
+  module.def("adain_from_style_forward", &from_style);
 });
 
 }  // namespace

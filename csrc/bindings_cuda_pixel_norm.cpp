@@ -1,4 +1,4 @@
-#include "bindings_cuda_images.h"
+#include "bindings_images.h"
 #include "cuda/check.h"
 #include "cuda/pixel_norm.h"
 
@@ -6,24 +6,29 @@ namespace {
 
 using namespace gdl;
 
-void forward(const std::string& dtype, const Shape& shape, bool channels_last, double eps, const Array& x,
-             const Array& y, std::uintptr_t stream) {
-  check(pixel_norm_forward(dtype, images(shape, channels_last), static_cast<float>(eps), lines<const void>(x),
-                           lines<void>(y), pointer<CUstream_st>(stream)),
+void forward(const Tensor& y, const Tensor& x, double eps, std::uintptr_t stream) {
+  ImageReader reader(y);
+  const Lines<const void> x_lines = reader.lines<const void>(x);
+  const Lines<void> y_lines = reader.lines<void>(y);
+  const pybind11::gil_scoped_release without_gil;
+  check(pixel_norm_forward(y.dtype_name(), reader.images(), static_cast<float>(eps), x_lines, y_lines,
+                           reinterpret_cast<cudaStream_t>(stream)),
         "pixel_norm_forward");
 }
 
-void backward(const std::string& dtype, const Shape& shape, bool channels_last, double eps, const Array& grad,
-              const Array& x, const Array& dx, std::uintptr_t stream) {
-  check(pixel_norm_backward(dtype, images(shape, channels_last), static_cast<float>(eps), lines<const void>(grad),
-                            lines<const void>(x), lines<void>(dx), pointer<CUstream_st>(stream)),
+void backward(const Tensor& dx, const Tensor& grad, const Tensor& x, double eps, std::uintptr_t stream) {
+  ImageReader reader(dx);
+  const Lines<const void> grad_lines = reader.lines<const void>(grad), x_lines = reader.lines<const void>(x);
+  const Lines<void> dx_lines = reader.lines<void>(dx);
+  const pybind11::gil_scoped_release without_gil;
+  check(pixel_norm_backward(dx.dtype_name(), reader.images(), static_cast<float>(eps), grad_lines, x_lines, dx_lines,
+                            reinterpret_cast<cudaStream_t>(stream)),
         "pixel_norm_backward");
 }
 
 const Binding binding([](pybind11::module_& module) {
-  const pybind11::call_guard<pybind11::gil_scoped_release> without_gil;
-  module.def("pixel_norm_forward", &forward, without_gil);
-  module.def("pixel_norm_backward", &backward, without_gil);
+  module.def("pixel_norm_forward", &forward);
+  module.def("pixel_norm_backward", &backward);
 });
 
 }  // namespace

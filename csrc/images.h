@@ -1,4 +1,4 @@
-// Image tensors as kernels read them. gdl_kernels/_images.py and bindings_cpu_images.h find these strides.
+// Image tensors as kernels read them. gdl_kernels/_images.py and bindings_images.h find these strides.
 #pragma once
 
 #include <cstdint>

@@ -16,6 +16,8 @@ namespace dlpack {
 
 enum Code : std::uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6 };
 
+enum DeviceType : std::int32_t { kCpu = 1 };
+
 struct DataType {
   std::uint8_t code, bits;
   std::uint16_t lanes;
@@ -81,6 +83,8 @@ class Tensor {
   int dim() const { return read_.ndim; }
   std::int64_t size(int d) const { return read_.shape[d]; }
   std::int64_t stride(int d) const { return read_.strides[d]; }
+
+  bool is_on_cpu() const { return device().type == dlpack::kCpu; }
 
   bool is_integral() const {
     return dtype().code == dlpack::kInt || dtype().code == dlpack::kUInt || dtype().code == dlpack::kBool;

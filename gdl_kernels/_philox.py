@@ -15,14 +15,14 @@ _WORD = 0xFFFFFFFF
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A fresh seed, int64 ``()`` on a device.
+    """A fresh seed for a device, int64 ``()``, on the CPU: to copy it to a GPU takes as long as a kernel.
 
     From torch's generator of the CPU, whatever the device: after one ``torch.manual_seed`` every device has the same.
-    Where a CUDA graph is captured or ``torch.compile`` may make one, from that GPU's generator, so that every replay
-    has another.
+    Where a CUDA graph is captured or ``torch.compile`` may make one, on the GPU and from its own generator, so that
+    every replay has another.
     """
     recorded = device.type == "cuda" and (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
-    return torch.randint(2**63 - 1, (), device=device if recorded else "cpu").to(device)
+    return torch.randint(2**63 - 1, (), device=device if recorded else "cpu")
 
 
 def philox(seed: Tensor, counters: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int]) -> list[Tensor]:

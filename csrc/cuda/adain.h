@@ -13,36 +13,39 @@
 #include <string>
 
 #include "../images.h"
+#include "numbers.h"
 
 namespace gdl {
 
 // What happens to x before its statistics are taken.
 struct Prologue {
-  bool active;          // false: h = x
-  const float* noise;   // (N or 1, pixels), or null
-  std::int64_t image;   // from image to image of the noise: 0 where one serves all
-  const float* weight;  // (C); null without noise
-  const float* bias;    // (C), or null
-  float slope;
+  bool active = false;         // false: h = x
+  Numbers<const void> noise;   // (N or 1, pixels), or null
+  std::int64_t image = 0;      // from image to image of the noise: 0 where one serves all
+  Numbers<const void> weight;  // (C); null without noise
+  Numbers<const void> bias;    // (C), or null
+  float slope = 1;
 };
 
 // Of every plane: (N, C).
 struct Modulation {
-  const float *scale, *mean, *rstd;
+  Numbers<const void> scale;
+  const float *mean, *rstd;
 };
 
-// What one plane adds to the gradients of scale, shift, weight and bias. Without a prologue the last two are zero.
-struct PlaneGradients {
-  float *scale, *shift, *weight, *bias;
+// Of scale and shift (N, C), of weight and bias (C). Null are those that are not wanted.
+struct Gradients {
+  Numbers<void> scale, shift, weight, bias;
 };
 
-struct PlaneDirections {
-  const float *scale, *shift, *weight, *bias;
+// Likewise. Null are those that are zero.
+struct Directions {
+  Numbers<const void> scale, shift, weight, bias;
 };
 
 struct AdainForward {
   Lines<const void> x;
-  const float *scale, *shift;
+  Numbers<const void> scale, shift;
   Prologue prologue;
   float eps;
   Lines<void> y;
@@ -61,23 +64,23 @@ struct AdainBackward {
   Modulation modulation;
   Prologue prologue;
   Lines<void> dx;
-  PlaneGradients gradients;
+  Gradients gradients;
 };
 
-// Of <v, dx> + sum over planes of v_scale dscale + v_shift dshift + v_weight dweight + v_bias dbias. The gradient of
-// shift is zero, and not written.
+// Of <v, dx> + <v_scale, dscale> + <v_shift, dshift> + <v_weight, dweight> + <v_bias, dbias>. The gradient of shift is
+// zero, and not written.
 struct AdainDoubleBackward {
   Lines<const void> v;
-  PlaneDirections directions;
+  Directions directions;
   Lines<const void> grad, x;
   Modulation modulation;
   Prologue prologue;
   Lines<void> grad_grad, grad_x;
-  PlaneGradients gradients;
+  Gradients gradients;
 };
 
-// Memory on the GPU for so many floats, at least until the kernels that were launched have run. Asked for only where
-// planes do not fit on chip.
+// Memory on the GPU for so many floats, at least until the kernels that were launched have run. Asked for once at most:
+// where planes do not fit on chip, and for gradients of weight and bias.
 using Scratch = std::function<float*(std::int64_t floats)>;
 
 cudaError_t adain_forward(const std::string& dtype, Images images, const AdainForward& arguments,
@@ -89,9 +92,13 @@ cudaError_t adain_backward(const std::string& dtype, Images images, const AdainB
 cudaError_t adain_double_backward(const std::string& dtype, Images images, const AdainDoubleBackward& arguments,
                                   const Scratch& scratch, cudaStream_t stream);
 
-// Standard normal numbers (images, pixels) from a seed on the GPU: gdl_kernels/ops/style_epilogue/reference.py has the
-// formula.
-cudaError_t draw_noise(const std::int64_t* seed, std::int64_t images, std::int64_t pixels, float* out,
-                       cudaStream_t stream);
+// A seed, or where it is on the GPU its address: what is drawn when a graph is replayed is not known when it is made.
+struct Seed {
+  const std::int64_t* address;
+  std::int64_t value;
+};
+
+// Standard normal numbers (images, pixels): gdl_kernels/ops/style_epilogue/reference.py has the formula.
+cudaError_t draw_noise(Seed seed, std::int64_t images, std::int64_t pixels, float* out, cudaStream_t stream);
 
 }  // namespace gdl

@@ -64,14 +64,15 @@ struct Backward {
     load_batch(grad, batch, in_grad);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      widen(in_grad[k], values[0][k]);
       widen(in[k], values[1][k]);
       if constexpr (kActive) {
-        if (!batch.has(k)) continue;
         float noise[kNoise<V, W>];
-        epilogue.read_noise(batch.at(k), noise);
-        epilogue.add(noise, values[1][k]);
+        if (batch.has(k)) {
+          epilogue.read_noise(batch.at(k), noise);
+          epilogue.add(noise, values[1][k]);
+        }
       }
+      widen(in_grad[k], values[0][k]);
     }
   }
 
@@ -109,7 +110,6 @@ struct Backward {
     if (!leads) return;
     write_planes<W>(totals.of_g.a, plane, arguments.gradients.shift);
     write_planes<W>(of_scale, plane, arguments.gradients.scale);
-    if constexpr (!kActive) finish(After{});
   }
 
   __device__ void write(After& after) const {
@@ -127,11 +127,6 @@ struct Backward {
       if constexpr (kActive) epilogue.add_gradients(batch.at(k), out, after);
     }
   }
-
-  __device__ void finish(const After& after) const {
-    write_planes<W>(after.a, plane, arguments.gradients.weight);
-    write_planes<W>(after.b, plane, arguments.gradients.bias);
-  }
 };
 
 }  // namespace
@@ -140,7 +135,7 @@ cudaError_t adain_backward(const std::string& dtype, Images images, const AdainB
                            const Scratch& scratch, cudaStream_t stream) {
   const Prologue& prologue = arguments.prologue;
   const auto tensors = {arguments.grad, arguments.x, read_only(arguments.dx)};
-  return choose(dtype, images, tensors, prologue.noise, [&](auto choice) {
+  return choose(dtype, images, tensors, prologue, [&](auto choice) {
     using C = decltype(choice);
     return prologue.active ? launch<Backward<typename C::T, C::V, C::W, true>>(arguments, images, scratch, stream)
                            : launch<Backward<typename C::T, C::V, C::W, false>>(arguments, images, scratch, stream);

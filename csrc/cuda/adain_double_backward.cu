@@ -1,4 +1,4 @@
-// The gradients of <v, dx> + sum over planes of v_scale dscale + v_shift dshift + v_weight dweight + v_bias dbias.
+// The gradients of <v, dx> + <v_scale, dscale> + <v_shift, dshift> + <v_weight, dweight> + <v_bias, dbias>.
 //
 // With hh, m_ and M as in adain_backward.cu, w = M (v + v_weight noise + v_bias), and what is left of w and g without
 // their parts along one and hh, whose mean product is K = m_wg - m_w m_g - m_whh m_ghh:
@@ -43,7 +43,7 @@ struct DoubleBackward {
 
   const Arguments& arguments;
   const float per_pixel;
-  const int64_t plane;
+  const int64_t plane, channel;
   Walk<const T, V, W> v, grad, x;
   Walk<T, V, W> grad_grad, grad_x;
   Epilogue<V, W, kActive> epilogue;
@@ -57,6 +57,7 @@ struct DoubleBackward {
       : arguments(arguments),
         per_pixel(split.per_pixel),
         plane(place.plane),
+        channel(place.channel),
         v(arguments.v, split.channels_last, place),
         grad(arguments.grad, split.channels_last, place),
         x(arguments.x, split.channels_last, place),
@@ -83,8 +84,8 @@ struct DoubleBackward {
         float noise[kNoise<V, W>], v_weight[W], v_bias[W];
         epilogue.read_noise(batch.at(k), noise);
         epilogue.add(noise, values[2][k]);
-        read_planes<W>(arguments.directions.weight, plane, v_weight);
-        read_planes<W>(arguments.directions.bias, plane, v_bias);
+        read_planes<W>(arguments.directions.weight, channel, v_weight);
+        read_planes<W>(arguments.directions.bias, channel, v_bias);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
           const int p = plane_of<W>(j);
@@ -151,9 +152,7 @@ struct DoubleBackward {
       gx_one[p] = -gx_w[p] * totals.w_g.mean_a[p] - gx_g[p] * totals.w_g.mean_b[p] - gx_h[p] * offset;
       grad_scale[p] = rstd[p] * k * totals.w_g.count;
     }
-    if (!leads) return;
-    write_planes<W>(grad_scale, plane, arguments.gradients.scale);
-    if constexpr (!kActive) finish(After{});
+    if (leads) write_planes<W>(grad_scale, plane, arguments.gradients.scale);
   }
 
   __device__ void write(After& after) const {
@@ -177,11 +176,6 @@ struct DoubleBackward {
       if constexpr (kActive) epilogue.add_gradients(batch.at(k), out, after);
     }
   }
-
-  __device__ void finish(const After& after) const {
-    write_planes<W>(after.a, plane, arguments.gradients.weight);
-    write_planes<W>(after.b, plane, arguments.gradients.bias);
-  }
 };
 
 }  // namespace
@@ -190,7 +184,7 @@ cudaError_t adain_double_backward(const std::string& dtype, Images images, const
                                   const Scratch& scratch, cudaStream_t stream) {
   const AdainDoubleBackward& a = arguments;
   const auto tensors = {a.v, a.grad, a.x, read_only(a.grad_grad), read_only(a.grad_x)};
-  return choose(dtype, images, tensors, a.prologue.noise, [&](auto choice) {
+  return choose(dtype, images, tensors, a.prologue, [&](auto choice) {
     using C = decltype(choice);
     return a.prologue.active
                ? launch<DoubleBackward<typename C::T, C::V, C::W, true>>(arguments, images, scratch, stream)

@@ -185,7 +185,7 @@ struct Statistics {
 cudaError_t adain_forward(const std::string& dtype, Images images, const AdainForward& arguments,
                           const Scratch& scratch, cudaStream_t stream) {
   const Prologue& prologue = arguments.prologue;
-  return choose(dtype, images, {arguments.x, read_only(arguments.y)}, prologue.noise, [&](auto choice) {
+  return choose(dtype, images, {arguments.x, read_only(arguments.y)}, prologue, [&](auto choice) {
     using C = decltype(choice);
     return prologue.active ? launch<Forward<typename C::T, C::V, C::W, true>>(arguments, images, scratch, stream)
                            : launch<Forward<typename C::T, C::V, C::W, false>>(arguments, images, scratch, stream);
@@ -194,7 +194,7 @@ cudaError_t adain_forward(const std::string& dtype, Images images, const AdainFo
 
 cudaError_t adain_statistics(const std::string& dtype, Images images, const AdainStatistics& arguments,
                              const Scratch& scratch, cudaStream_t stream) {
-  return choose(dtype, images, {arguments.x}, nullptr, [&](auto choice) {
+  return choose(dtype, images, {arguments.x}, Prologue{}, [&](auto choice) {
     using C = decltype(choice);
     return launch<Statistics<typename C::T, C::V, C::W>>(arguments, images, scratch, stream);
   });

@@ -20,12 +20,13 @@ __device__ float2 normal_pair(unsigned a, unsigned b) {
   return make_float2(radius * cosine, radius * sine);
 }
 
-__global__ void __launch_bounds__(kThreads) draw(const int64_t* seed, int64_t images, int64_t pixels, float* out) {
+__global__ void __launch_bounds__(kThreads) draw(Seed seed, int64_t images, int64_t pixels, float* out) {
   const int64_t quarter = (pixels + 3) / 4;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= images * quarter) return;
   const int64_t n = index / quarter, q = index % quarter;
-  const uint4 words = philox(static_cast<std::uint64_t>(*seed),
+  const int64_t key = seed.address == nullptr ? seed.value : *seed.address;
+  const uint4 words = philox(static_cast<std::uint64_t>(key),
                              make_uint4(static_cast<unsigned>(q), static_cast<unsigned>(n), 0, kStream));
   const float2 low = normal_pair(words.x, words.y), high = normal_pair(words.z, words.w);
   const float normals[4] = {low.x, low.y, high.x, high.y};
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) draw(const int64_t* seed, int64_t im
 
 }  // namespace
 
-cudaError_t draw_noise(const int64_t* seed, int64_t images, int64_t pixels, float* out, cudaStream_t stream) {
+cudaError_t draw_noise(Seed seed, int64_t images, int64_t pixels, float* out, cudaStream_t stream) {
   const int64_t counters = images * ((pixels + 3) / 4);
   if (counters == 0) return cudaSuccess;
   cudaLaunchConfig_t config{};

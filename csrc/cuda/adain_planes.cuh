@@ -8,13 +8,15 @@
 #include <type_traits>
 
 #include "adain.h"
+#include "adain_channels.h"
 #include "adain_records.cuh"
 #include "adain_split.h"
 #include "dtypes.cuh"
 
 namespace gdl {
 
-// Where blocks leave records for the next launch, [groups][blocks][slots]; null where everything is one launch.
+// Where blocks leave records for the next launch, [groups][blocks][slots], with one of the blocks where everything else
+// is one launch; null where there is no next one.
 struct Chunks {
   float *totals, *after;
 };
@@ -22,8 +24,7 @@ struct Chunks {
 enum class Step {
   kAll,      // in one launch
   kTotals,   // or: add up, and leave a record for each chunk
-  kOutputs,  // merge the chunks' totals and write; leave a record of what is added up after them
-  kAfter,    // merge those
+  kOutputs,  // merge the chunks' totals and write
 };
 
 // What a thread has. Threads past the last unit have no vectors of the first one; they stay for the sums.
@@ -82,17 +83,40 @@ constexpr __device__ int plane_of(int element) {
   return W == 1 ? 0 : element;
 }
 
-// One number of each plane of a unit, from (N, C) or (C); zero where there is none.
-template <int W>
-__device__ void read_planes(const float* numbers, std::int64_t first, float (&out)[W]) {
+// One number of each plane of a unit, from (N, C) or (C).
+template <int W, typename T>
+__device__ void read_planes(const T* numbers, std::int64_t first, float (&out)[W]) {
 #pragma unroll
-  for (int w = 0; w < W; ++w) out[w] = numbers == nullptr ? 0.0f : numbers[first + w];
+  for (int w = 0; w < W; ++w) out[w] = to_float(numbers[first + w]);
+}
+
+// Zero where there is none.
+template <int W>
+__device__ void read_planes(const Numbers<const void>& numbers, std::int64_t first, float (&out)[W]) {
+  if (numbers.data == nullptr) {
+#pragma unroll
+    for (int w = 0; w < W; ++w) out[w] = 0;
+    return;
+  }
+  with_type(numbers.type, [&](auto type) {
+    using T = typename decltype(type)::type;
+    read_planes<W>(static_cast<const T*>(numbers.data), first, out);
+  });
+}
+
+template <int W, typename T>
+__device__ void write_planes(const float (&numbers)[W], std::int64_t first, T* out) {
+#pragma unroll
+  for (int w = 0; w < W; ++w) out[first + w] = from_float<T>(numbers[w]);
 }
 
 template <int W>
-__device__ void write_planes(const float (&numbers)[W], std::int64_t first, float* out) {
-#pragma unroll
-  for (int w = 0; w < W; ++w) out[first + w] = numbers[w];
+__device__ void write_planes(const float (&numbers)[W], std::int64_t first, const Numbers<void>& out) {
+  if (out.data == nullptr) return;
+  with_type(out.type, [&](auto type) {
+    using T = typename decltype(type)::type;
+    write_planes<W>(numbers, first, static_cast<T*>(out.data));
+  });
 }
 
 // The vectors that a thread has in registers, counted from its own first: `apart` from one to the next, up to the
@@ -117,33 +141,50 @@ constexpr int kNoise = W == 1 ? V : 1;
 // What StyleGAN's epilogue does before the statistics, for the vectors of a thread.
 template <int V, int W, bool kActive>
 struct Epilogue {
-  const float* noise;
-  float weight[W], bias[W], slope;
+  static constexpr int kNumbers = kNoise<V, W>;
 
-  __device__ Epilogue(const Prologue& prologue, const Place& place) {
+  const Prologue* prologue;  // where the kernel's arguments are: its members take no registers
+  std::int64_t first;  // number of noise for the thread's first vector
+  float weight[W], bias[W];
+
+  __device__ Epilogue(const Prologue& given, const Place& place) {
     if constexpr (kActive) {
-      noise = prologue.noise;
-      if (noise != nullptr) noise += place.image * prologue.image + place.first * kNoise<V, W>;
-      read_planes<W>(prologue.weight, place.channel, weight);
-      read_planes<W>(prologue.bias, place.channel, bias);
-      slope = prologue.slope;
+      prologue = &given;
+      first = place.image * given.image + place.first * kNumbers;
+      read_planes<W>(given.weight, place.channel, weight);
+      read_planes<W>(given.bias, place.channel, bias);
     }
   }
 
-  __device__ void read_noise(std::int64_t vector, float (&out)[kNoise<V, W>]) const {
-    const float* in = noise + vector * kNoise<V, W>;
-    if (noise == nullptr) {
+  __device__ void read_noise(std::int64_t vector, float (&out)[kNumbers]) const {
+    if (prologue->noise.data == nullptr) {
 #pragma unroll
-      for (int j = 0; j < kNoise<V, W>; ++j) out[j] = 0;
-    } else if constexpr (kNoise<V, W> % 4 == 0) {
+      for (int j = 0; j < kNumbers; ++j) out[j] = 0;
+      return;
+    }
+    const std::int64_t number = first + vector * kNumbers;
+    const NumberType type = prologue->noise.type;
+    if constexpr (kNumbers % 4 != 0) {
+      with_type(type, [&](auto of) {
+        using T = typename decltype(of)::type;
 #pragma unroll
-      for (int j = 0; j < kNoise<V, W>; j += 4) {
-        const float4 four = *reinterpret_cast<const float4*>(in + j);
+        for (int j = 0; j < kNumbers; ++j) out[j] = to_float(static_cast<const T*>(prologue->noise.data)[number + j]);
+      });
+    } else if (type == NumberType::kFloat) {
+      const float4* in = reinterpret_cast<const float4*>(static_cast<const float*>(prologue->noise.data) + number);
+#pragma unroll
+      for (int j = 0; j < kNumbers; j += 4) {
+        const float4 four = in[j / 4];
         out[j] = four.x, out[j + 1] = four.y, out[j + 2] = four.z, out[j + 3] = four.w;
       }
     } else {
+      const uint2* in = reinterpret_cast<const uint2*>(static_cast<const __half*>(prologue->noise.data) + number);
 #pragma unroll
-      for (int j = 0; j < kNoise<V, W>; ++j) out[j] = in[j];
+      for (int j = 0; j < kNumbers; j += 4) {
+        const uint2 words = in[j / 4];
+        const float2 low = widen_pair(words.x, type), high = widen_pair(words.y, type);
+        out[j] = low.x, out[j + 1] = low.y, out[j + 2] = high.x, out[j + 3] = high.y;
+      }
     }
   }
 
@@ -160,7 +201,7 @@ struct Epilogue {
 
   // To the sums of gradient * noise and gradient.
   __device__ void add_gradients(std::int64_t vector, const float (&gradient)[V], Sums<W>& sums) const {
-    float noises[kNoise<V, W>];
+    float noises[kNumbers];
     read_noise(vector, noises);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
@@ -169,8 +210,8 @@ struct Epilogue {
     }
   }
 
-  __device__ float activated(float u) const { return !kActive || u > 0 ? u : slope * u; }
-  __device__ float derivative(float u) const { return !kActive || u > 0 ? 1.0f : slope; }
+  __device__ float activated(float u) const { return !kActive || u > 0 ? u : prologue->slope * u; }
+  __device__ float derivative(float u) const { return !kActive || u > 0 ? 1.0f : prologue->slope; }
 };
 
 // A pass has:
@@ -182,7 +223,6 @@ struct Epilogue {
 //   add_totals(totals)                  adds them to the thread's totals
 //   settle(totals, leads)               takes the totals of the planes; whoever leads writes numbers of planes
 //   write(after)                        writes the batch, adds to what is added up after the totals
-//   finish(after)                       writes that. Called by whoever leads.
 template <int kThreads, typename Totals, typename After>
 constexpr int kRecordBytes = (sizeof(Totals) + sizeof(After)) * (kThreads / kWarp) * kMostSlots;
 
@@ -217,21 +257,10 @@ __global__ void __launch_bounds__(Pass::kCapacity.threads, 1)
   constexpr int kThreads = Pass::kCapacity.threads, kBatch = Pass::kCapacity.batch;
   // The last chunks that were read to add them up are written first: they may still be in the L2 cache.
   const unsigned block = step == Step::kOutputs ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  const bool whole = step == Step::kAfter || (step == Step::kOutputs && !Pass::kWrites);
+  const bool whole = step == Step::kOutputs && !Pass::kWrites;
   const Place place = place_of(images, split, Pass::kCapacity.planes, block, whole ? 1 : split.blocks);
   const int stride = split.channels_last ? split.slots : 1, cluster = step == Step::kAll ? split.blocks : 1;
   const auto record = [&](int b) { return (std::int64_t{place.group} * split.blocks + b) * split.slots + place.slot; };
-
-  if constexpr (Pass::kAfter) {
-    if (step == Step::kAfter) {
-      After after{};
-      for (int b = place.member; b < split.blocks; b += split.members)
-        after.add(reinterpret_cast<const After*>(chunks.after)[record(b)]);
-      merge_members<1, kThreads>(after, split.members, stride, cluster);
-      if (place.leads()) Pass(arguments, split, place).finish(after);
-      return;
-    }
-  }
 
   extern __shared__ float4 shared[];
   float* kept = reinterpret_cast<float*>(shared);
@@ -272,11 +301,14 @@ __global__ void __launch_bounds__(Pass::kCapacity.threads, 1)
       pass.write(after);
     });
     if constexpr (Pass::kAfter) {
-      merge_members<1, kThreads>(after, split.members, stride, cluster);
-      if (step == Step::kOutputs) {
-        if (place.member == 0) reinterpret_cast<After*>(chunks.after)[record(place.block)] = after;
-      } else if (place.leads()) {
-        pass.finish(after);
+      if (chunks.after != nullptr) {
+        merge_members<1, kThreads>(after, split.members, stride, cluster);
+        After* const records = reinterpret_cast<After*>(chunks.after);
+        if (step == Step::kOutputs) {
+          if (place.member == 0) records[record(place.block)] = after;
+        } else if (place.leads()) {
+          records[place.plane / Pass::kCapacity.planes] = after;
+        }
       }
     }
   }
@@ -293,6 +325,16 @@ inline cudaError_t describe_gpu(Gpu& gpu) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device);
   gpu.has_clusters = clusters != 0;
   return error;
+}
+
+// Floats of a record that is left to be added up over images, if anybody asks for what it comes to.
+template <typename Pass>
+std::int64_t after_words(const typename Pass::Arguments& arguments) {
+  if constexpr (Pass::kAfter) {
+    const Gradients& gradients = arguments.gradients;
+    return gradients.weight.data == nullptr && gradients.bias.data == nullptr ? 0 : kWords<typename Pass::After>;
+  }
+  return 0;
 }
 
 template <typename Pass>
@@ -315,32 +357,41 @@ cudaError_t launch(const typename Pass::Arguments& arguments, const Images& imag
     return cudaLaunchKernelEx(&config, adain_pass<Pass>, arguments, images, split, chunks, step);
   };
 
-  if (split.fits()) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(adain_pass<Pass>, cudaFuncAttributeMaxDynamicSharedMemorySize, split.shared_bytes);
+  constexpr int kTotals = kWords<typename Pass::Totals>;
+  const bool one_launch = split.fits();
+  const std::int64_t records = split.groups * split.slots * (one_launch ? 1 : split.blocks);
+  const std::int64_t of_totals = one_launch ? 0 : records * kTotals, of_after = after_words<Pass>(arguments) * records;
+  if (of_totals + of_after > 0) chunks.totals = scratch(of_totals + of_after);
+  if (of_after > 0) chunks.after = chunks.totals + of_totals;
+
+  cudaError_t error = cudaSuccess;
+  if (one_launch) {
+    error = cudaFuncSetAttribute(adain_pass<Pass>, cudaFuncAttributeMaxDynamicSharedMemorySize, split.shared_bytes);
     if (error != cudaSuccess) return error;
     config.dynamicSmemBytes = static_cast<std::size_t>(split.shared_bytes);
     config.attrs = &cluster;
     config.numAttrs = split.blocks > 1 ? 1 : 0;
-    return run(Step::kAll, split.groups * split.blocks);
+    error = run(Step::kAll, split.groups * split.blocks);
+  } else {
+    error = run(Step::kTotals, split.groups * split.blocks);
+    if (error == cudaSuccess) error = run(Step::kOutputs, split.groups * (Pass::kWrites ? split.blocks : 1));
   }
-  constexpr int kTotals = kWords<typename Pass::Totals>, kAfter = Pass::kAfter ? kWords<typename Pass::After> : 0;
-  const std::int64_t records = split.groups * split.blocks * split.slots;
-  chunks.totals = scratch(records * (kTotals + kAfter));
-  chunks.after = chunks.totals + records * kTotals;
-  cudaError_t error = run(Step::kTotals, split.groups * split.blocks);
-  if (error == cudaSuccess) error = run(Step::kOutputs, split.groups * (Pass::kWrites ? split.blocks : 1));
-  if (error == cudaSuccess && Pass::kAfter) error = run(Step::kAfter, split.groups);
+  if constexpr (Pass::kAfter) {
+    if (error == cudaSuccess && of_after > 0) {
+      const ChannelRecords left{chunks.after, Pass::kCapacity.planes, one_launch ? 1 : split.blocks, split.slots};
+      error = sum_channels(left, images, arguments.gradients.weight, arguments.gradients.bias, stream);
+    }
+  }
   return error;
 }
 
 // Whether vectors of 16 bytes can be read: all of them are whole and aligned.
 template <typename T>
-bool aligned(const Images& images, std::initializer_list<Lines<const void>> tensors, const float* noise) {
+bool aligned(const Images& images, std::initializer_list<Lines<const void>> tensors, const Prologue& prologue) {
   constexpr int V = kVector<T>;
   const auto address = [](const void* data) { return reinterpret_cast<std::uintptr_t>(data) % 16 == 0; };
   return (images.channels_last ? images.channels : images.pixels) % V == 0 &&
-         (images.channels_last || address(noise)) &&
+         (images.channels_last || address(prologue.noise.data)) &&
          std::all_of(tensors.begin(), tensors.end(), [&](const Lines<const void>& t) {
            return address(t.data) && t.image % V == 0 && t.line % V == 0;
          });
@@ -357,12 +408,12 @@ struct Choice {
 // Calls f(Choice{}) for the dtype, and for vectors that all of the images can be read in.
 template <typename F>
 cudaError_t choose(const std::string& dtype, const Images& images, std::initializer_list<Lines<const void>> tensors,
-                   const float* noise, F f) {
+                   const Prologue& prologue, F f) {
   if (images.count * images.channels * images.pixels == 0) return cudaSuccess;
   return dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     constexpr int V = kVector<T>;
-    if (!aligned<T>(images, tensors, noise)) return f(Choice<T, 1, 1>{});
+    if (!aligned<T>(images, tensors, prologue)) return f(Choice<T, 1, 1>{});
     return images.channels_last ? f(Choice<T, V, V>{}) : f(Choice<T, V, 1>{});
   });
 }

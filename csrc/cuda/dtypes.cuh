@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "numbers.h"
+
 namespace gdl {
 
 __device__ inline float to_float(float value) { return value; }
@@ -124,6 +126,22 @@ auto dispatch(const std::string& dtype, F f) {
   if (dtype == "float16") return f(Type<__half>{});
   if (dtype == "bfloat16") return f(Type<__nv_bfloat16>{});
   throw std::invalid_argument("no CUDA kernel for dtype " + dtype);
+}
+
+// Calls f(Type<T>{}) for the type of numbers beside images. The same for all threads.
+template <typename F>
+__device__ void with_type(NumberType type, F f) {
+  if (type == NumberType::kFloat)
+    f(Type<float>{});
+  else if (type == NumberType::kHalf)
+    f(Type<__half>{});
+  else
+    f(Type<__nv_bfloat16>{});
+}
+
+// Two neighbours of 16 bits.
+__device__ inline float2 widen_pair(std::uint32_t word, NumberType type) {
+  return type == NumberType::kHalf ? widen_pair(word, __half()) : widen_pair(word, __nv_bfloat16());
 }
 
 }  // namespace gdl

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..._arguments import check_parameter, check_planes, check_positive, sum_dtype, to_dtype
+from ..._arguments import check_parameter, check_planes, check_positive
 from . import op, reference
 
 
@@ -34,9 +34,7 @@ def adain(x: Tensor, scale: Tensor, bias: Tensor, *, eps: float = 1e-5, backend:
     chosen = _serving(backend, x, scale, bias, eps)
     if chosen == "reference":
         return reference.adain(x, scale, bias, eps)
-    wide = sum_dtype(x)
-    scale, bias = to_dtype(scale, wide), to_dtype(bias, wide)
-    return op.forward(x, scale, bias, None, None, None, None, 1.0, eps, chosen)[0]
+    return op.forward(x, *op.parameters(x, chosen, scale, bias), None, None, None, None, 1.0, eps, chosen)[0]
 
 
 @op.choices.serving

@@ -28,10 +28,10 @@ def backward(
 
 
 def double_backward(
-    outputs: tuple[Tensor, ...], v: Tensor, v_scale: Tensor, v_bias: Tensor, v_noise_weight: Tensor,
-    v_channel_bias: Tensor, grad: Tensor, x: Tensor, scale: Tensor, statistics: Tensor, noise: Tensor | None,
-    seed: Tensor | None, noise_weight: Tensor | None, channel_bias: Tensor | None, negative_slope: float, _eps: float,
-    _backend: str,
+    outputs: tuple[Tensor, ...], v: Tensor, v_scale: Tensor | None, v_bias: Tensor | None,
+    v_noise_weight: Tensor | None, v_channel_bias: Tensor | None, grad: Tensor, x: Tensor, scale: Tensor,
+    statistics: Tensor, noise: Tensor | None, seed: Tensor | None, noise_weight: Tensor | None,
+    channel_bias: Tensor | None, negative_slope: float, _eps: float, _backend: str,
 ) -> None:  # fmt: skip
     grad_grad, grad_x, *gradients = outputs
     directions = v_scale, v_bias, v_noise_weight, v_channel_bias

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..adain import cuda as adain
+from ..._cuda_launch import launch
 
 
-def forward(outputs: tuple[Tensor, Tensor, Tensor], content: Tensor, style: Tensor, eps: float, backend: str) -> None:
+def forward(outputs: tuple[Tensor, Tensor, Tensor], content: Tensor, style: Tensor, eps: float, _backend: str) -> None:
     y, of_style, of_content = outputs
-    adain.statistics(of_style, style, eps)
-    mean, deviation = of_style
-    adain.forward((y, of_content), content, deviation, mean, None, None, None, None, 1.0, eps, backend)
+    launch("adain_from_style_forward", y, of_style, of_content, content, style, eps)

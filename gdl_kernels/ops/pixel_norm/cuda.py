@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ... import _images, _native
+from ..._cuda_launch import launch
 
 
-def forward(y: Tensor, x: Tensor, eps: float, backend: str) -> None:
-    _launch("pixel_norm_forward", eps, x, y)
+def forward(y: Tensor, x: Tensor, eps: float, _backend: str) -> None:
+    launch("pixel_norm_forward", y, x, eps)
 
 
-def backward(dx: Tensor, grad: Tensor, x: Tensor, eps: float, backend: str) -> None:
-    _launch("pixel_norm_backward", eps, grad, x, dx)
-
-
-def _launch(kernel: str, eps: float, *tensors: Tensor) -> None:
-    """``tensors`` ends with the output."""
-    out = tensors[-1]
-    last = _images.channels_last(out)
-    with torch.cuda.device(out.device):
-        lines = [_images.lines(t, last) for t in tensors]
-        dtype = str(out.dtype).removeprefix("torch.")
-        arrays = (line.array() for line in lines)
-        stream = torch.cuda.current_stream().cuda_stream
-        getattr(_native.cuda_module(), kernel)(dtype, _images.shape(out), last, eps, *arrays, stream)
+def backward(dx: Tensor, grad: Tensor, x: Tensor, eps: float, _backend: str) -> None:
+    launch("pixel_norm_backward", dx, grad, x, eps)

@@ -90,7 +90,7 @@ def sparse_attention(
     _check_lengths(query.shape[2], key.shape[2], query_start, sizes)
     if start_tensor is not None:
         start_tensor = start_tensor.view(())
-    seed = draw_seed(query.device) if dropout_p > 0 else None
+    seed = draw_seed(query.device).to(query.device) if dropout_p > 0 else None
     rest = (scale, start, start_tensor, dropout_p, seed)
     if chosen == "reference":
         out, lse = op.by_reference(query, key, value, key_padding_mask, layout, *rest, return_lse)

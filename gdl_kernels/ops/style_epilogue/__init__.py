@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..._arguments import check_finite, check_parameter, check_planes, check_positive, sum_dtype, to_dtype
+from ..._arguments import check_finite, check_parameter, check_planes, check_positive
 from ..._philox import draw_seed
 from . import op, reference
 
@@ -58,11 +58,9 @@ def style_epilogue(
         if seed is not None:
             noise = reference.drawn_noise(seed, x)
         return reference.style_epilogue(x, scale, bias, noise, noise_weight, channel_bias, negative_slope, eps)
-    wide = sum_dtype(x)
-    scale, bias = to_dtype(scale, wide), to_dtype(bias, wide)
-    noise, noise_weight, channel_bias = [
-        None if t is None else to_dtype(t, wide) for t in (noise, noise_weight, channel_bias)
-    ]
+    scale, bias, noise, noise_weight, channel_bias = op.parameters(
+        x, chosen, scale, bias, noise, noise_weight, channel_bias
+    )
     return op.forward(x, scale, bias, noise, seed, noise_weight, channel_bias, negative_slope, eps, chosen)[0]
 
 

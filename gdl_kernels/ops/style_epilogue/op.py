@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from ... import _backends, _images
-from ..adain.op import forward
+from ..adain.op import forward, parameters
 
-__all__ = ["choices", "forward"]
+__all__ = ["choices", "forward", "parameters"]
 
 
 def _examples() -> Iterator[_backends.Example]:

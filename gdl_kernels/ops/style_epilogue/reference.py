@@ -38,7 +38,7 @@ def drawn_noise(seed: Tensor, x: Tensor) -> Tensor:
     images, pixels = x.shape[0], math.prod(x.shape[2:])
     quarter = torch.arange((pixels + 3) // 4, device=x.device)
     image = torch.arange(images, device=x.device)[:, None]
-    words = [(word >> 9).double() for word in philox(seed, (quarter, image, 0, _STREAM))]
+    words = [(word >> 9).double() for word in philox(seed.to(x.device), (quarter, image, 0, _STREAM))]
     normals = []
     for a, b in (words[:2], words[2:]):
         radius, angle = (-2 * ((a + 0.5) * 2.0**-23).log()).sqrt(), 2 * math.pi * b * 2.0**-23

@@ -1,8 +1,7 @@
-// How bindings of the CPU's kernels read images (N, C, *spatial): as gdl_kernels/_images.py does for those of a GPU.
+// How bindings read images (N, C, *spatial), as gdl_kernels/_images.py does for Triton's kernels.
 #pragma once
 
 #include <optional>
-#include <vector>
 
 #include "bindings.h"
 #include "images.h"
@@ -13,7 +12,7 @@ namespace gdl {
 
 // The images of a call, all of them in lines along the dimension along which one of them, the output as a rule, has its
 // own. Keeps the copies that it makes of others, and is itself to be made and destroyed with the GIL held.
-class ImageReader {
+class ImageReader : public Copies {
  public:
   explicit ImageReader(const Tensor& like)
       : images_{like.size(0), like.size(1), like.numel(2), like.stride(1) == 1 && like.size(1) > 1} {}
@@ -29,14 +28,15 @@ class ImageReader {
     const std::optional<std::int64_t> pixel = pixel_stride(x);
     if (last && pixel && (x.stride(1) == 1 || channels == 1)) return {x.data<T>(), x.stride(0), *pixel};
     if (!last && pixel && (*pixel == 1 || pixels == 1)) return {x.data<T>(), x.stride(0), x.stride(1)};
-    const Tensor dense = last ? copy(x.object().attr("movedim")(1, -1)) : copy(x.object());
+    const pybind11::object lined = last ? x.object().attr("movedim")(1, -1) : pybind11::reinterpret_borrow<pybind11::object>(x.object());
+    const Tensor dense = keep(lined.attr("contiguous")());
     return {dense.data<T>(), channels * pixels, last ? channels : pixels};
   }
 
   // Numbers of every plane or of every channel, next to each other.
   template <typename T>
   T* numbers(const Tensor& x) {
-    return x.is_contiguous() ? x.data<T>() : copy(x.object()).data<T>();
+    return contiguous(x).data<T>();
   }
 
   template <typename T>
@@ -60,13 +60,7 @@ class ImageReader {
     return pixel.value_or(1);
   }
 
-  Tensor copy(pybind11::handle x) {
-    kept_.push_back(x.attr("contiguous")());
-    return Tensor(kept_.back());
-  }
-
   Images images_;
-  std::vector<pybind11::object> kept_;
 };
 
 }  // namespace gdl
