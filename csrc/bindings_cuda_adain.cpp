@@ -88,11 +88,23 @@ void from_style(const Tensor& y, const Tensor& of_style, const Tensor& of_conten
   check(adain_forward(reader.dtype(), reader.images(), arguments, reader.scratch(), reader.stream()), "adain_forward");
 }
 
+// out: (N or 1, 1, *spatial); gradient: float32
+void noise_gradient(const Tensor& out, const Tensor& gradient, const Tensor& weight, std::uintptr_t stream) {
+  AdainReader reader(gradient, gradient, stream);
+  const Lines<const float> lines = reader.lines<const float>(gradient);
+  const Numbers<const void> weights = reader.numbers(weight);
+  const bool one_for_all = out.size(0) != gradient.size(0);
+  const pybind11::gil_scoped_release without_gil;
+  check(adain_noise_gradient(reader.images(), lines, weights, AdainReader::written(out), one_for_all, reader.stream()),
+        "adain_noise_gradient");
+}
+
 const Binding binding([](pybind11::module_& module) {
   module.def("adain_forward", &forward);
   module.def("adain_backward", &backward);
   module.def("adain_double_backward", &double_backward);
   module.def("adain_from_style_forward", &from_style);
+  module.def("adain_noise_gradient", &noise_gradient);
 });
 
 }  // namespace

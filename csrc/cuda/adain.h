@@ -92,6 +92,10 @@ cudaError_t adain_backward(const std::string& dtype, Images images, const AdainB
 cudaError_t adain_double_backward(const std::string& dtype, Images images, const AdainDoubleBackward& arguments,
                                   const Scratch& scratch, cudaStream_t stream);
 
+// out: (N or 1, pixels), the sum over channels of weight[c] * gradient, and over images where the noise is one for all.
+cudaError_t adain_noise_gradient(Images images, Lines<const float> gradient, Numbers<const void> weight,
+                                 Numbers<void> out, bool one_for_all, cudaStream_t stream);
+
 // A seed, or where it is on the GPU its address: what is drawn when a graph is replayed is not known when it is made.
 struct Seed {
   const std::int64_t* address;

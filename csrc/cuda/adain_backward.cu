@@ -135,6 +135,7 @@ cudaError_t adain_backward(const std::string& dtype, Images images, const AdainB
                            const Scratch& scratch, cudaStream_t stream) {
   const Prologue& prologue = arguments.prologue;
   const auto tensors = {arguments.grad, arguments.x, read_only(arguments.dx)};
+  if (images.count == 0) return sum_channels({}, images, arguments.gradients.weight, arguments.gradients.bias, stream);
   return choose(dtype, images, tensors, prologue, [&](auto choice) {
     using C = decltype(choice);
     return prologue.active ? launch<Backward<typename C::T, C::V, C::W, true>>(arguments, images, scratch, stream)

@@ -14,7 +14,8 @@ struct ChannelRecords {
   int planes, blocks, slots;
 };
 
-// Adds the first sums up to `weight` and the second ones to `bias`, (C), where they are not null.
+// Adds the first sums up to `weight` and the second ones to `bias`, (C), where they are not null. Without images they
+// are zero, and there need be no records.
 cudaError_t sum_channels(const ChannelRecords& records, const Images& images, const Numbers<void>& weight,
                          const Numbers<void>& bias, cudaStream_t stream);
 

@@ -184,6 +184,7 @@ cudaError_t adain_double_backward(const std::string& dtype, Images images, const
                                   const Scratch& scratch, cudaStream_t stream) {
   const AdainDoubleBackward& a = arguments;
   const auto tensors = {a.v, a.grad, a.x, read_only(a.grad_grad), read_only(a.grad_x)};
+  if (images.count == 0) return sum_channels({}, images, arguments.gradients.weight, arguments.gradients.bias, stream);
   return choose(dtype, images, tensors, a.prologue, [&](auto choice) {
     using C = decltype(choice);
     return a.prologue.active

@@ -171,6 +171,27 @@ def test_a_style_anywhere_in_memory(backend: str, memory: str) -> None:
     check("from style", content, grad, backend, {"style": style})
 
 
+# As StyleGAN's under autocast, and more images than a warp has threads to add up their gradients.
+@pytest.mark.parametrize("memory", ["contiguous", "channels last", "not aligned"])
+@pytest.mark.parametrize("shape", [(2, 24, 9, 8), (70, 5, 4, 4)], ids=str)
+@pytest.mark.parametrize("given", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_parameters_in_a_dtype_of_their_own(
+    backend: str, dtype: torch.dtype, given: torch.dtype, shape: tuple[int, ...], memory: str
+) -> None:
+    """They are what they would be in the dtype of the sums, and their gradients are rounded once."""
+    device = "cuda" if backend == "cuda" else "cpu"
+    x, grad = (MEMORY[memory](random(shape, dtype, device)) for _ in range(2))
+    p = {name: t.to(given) for name, t in parameters("epilogue", x).items()}
+    narrow = run("epilogue", x, p, grad, backend)
+    wide = run("epilogue", x, {name: t.float() for name, t in p.items()}, grad, backend)
+    assert torch.equal(narrow["y"], wide["y"])
+    for name in list(narrow)[1:]:
+        assert narrow[name].dtype == (dtype if name == "dx" else given)
+        assert torch.equal(narrow[name], wide[name].to(narrow[name].dtype)), name
+
+
 @pytest.mark.parametrize("memory", ["contiguous", "channels last"])
 @pytest.mark.parametrize("backend", KERNELS)
 def test_parameters_with_gaps(backend: str, memory: str) -> None:
@@ -299,6 +320,7 @@ def test_empty(backend: str, call: str, shape: tuple[int, ...]) -> None:
     x = torch.empty(shape, device="cuda" if backend == "cuda" else "cpu")
     found = run(call, x, parameters(call, x), torch.empty_like(x), backend)
     assert found["y"].shape == found["dx"].shape == shape
+    assert not any(found[name].any() for name in ("dnoise_weight", "dchannel_bias") if name in found)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -417,6 +439,44 @@ def test_second_gradients_of_each_dtype(
         assert_accurate(*values, what=f"second gradient {i}", ulps=16)  # its terms cancel several times over
 
 
+# Which of the gradients is differentiated again: a penalty takes that of x alone.
+FIRST = ["dx", "dscale", "dbias", "dnoise", "dnoise_weight", "dchannel_bias"]
+
+
+@pytest.mark.parametrize("which", range(6), ids=FIRST)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_second_gradients_of_one_of_the_first(backend: str, which: int) -> None:
+    device = "cuda" if backend == "cuda" else "cpu"
+    x = random((3, 5, 7, 9), torch.float32, device)
+    p, grad = parameters("epilogue", x), random(x.shape, torch.float32, device)
+    v = random(([x, *p.values()][which]).shape, torch.float32, device)
+
+    def found(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *p.values(), grad)]
+        y = CALLS["epilogue"](leaves[0], dict(zip(p, leaves[1:-1])), backend)
+        first = torch.autograd.grad(y, leaves[:-1], leaves[-1], create_graph=True)[which]
+        second = torch.autograd.grad(first, leaves, v.to(dtype), allow_unused=True)
+        return [t.new_zeros(t.shape) if g is None else g for t, g in zip(leaves, second)]
+
+    for i, values in enumerate(zip(found(backend, torch.float32), found("reference", torch.float32), found("reference", torch.float64))):
+        assert_accurate(*values, what=f"second gradient {i}", ulps=16)
+
+
+@pytest.mark.filterwarnings("ignore:gdl_kernels. adain takes third derivatives")
+def test_third_gradient_of_a_penalty() -> None:
+    leaves = [t.requires_grad_() for t in (random((2, 3, 4), torch.float64), *random((2, 2, 3), torch.float64))]
+
+    def third(backend: str) -> list[Tensor]:
+        value = adain(*leaves, backend=backend).pow(3).sum()
+        for _ in range(2):
+            (dx,) = torch.autograd.grad(value, leaves[0], create_graph=True)
+            value = dx.square().sum()
+        return list(torch.autograd.grad(value, leaves[:2]))
+
+    for ours, plain in zip(third("cpu"), third("reference")):
+        torch.testing.assert_close(ours, plain)
+
+
 def test_third_gradient_comes_from_the_reference() -> None:
     x, scale, bias = random((2, 3, 4), torch.float64), *random((2, 2, 3), torch.float64)
     weight, weights = random((2, 3, 4), torch.float64), random((2, 3), torch.float64)
@@ -516,6 +576,43 @@ def test_the_graph_keeps_x_and_two_numbers_a_plane() -> None:
 # ---- torch
 
 
+class Calls(TorchDispatchMode):
+    """Names of the ops that compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        if not op.is_view and "empty" not in op.name():
+            self.names.append(op.name())
+        return out
+
+
+@pytest.mark.parametrize("drawn", [False, True], ids=["noise", "drawn noise"])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_pass_is_one_op(backend: str, drawn: bool) -> None:
+    """On a GPU every other would be a launch, which takes longer than such a pass."""
+    device = "cuda" if backend == "cuda" else "cpu"
+    # The CPU's kernels read parameters in the dtype of the sums.
+    dtype = torch.bfloat16 if backend == "cuda" else torch.float32
+    x = random((2, 3, 4, 5), dtype, device).requires_grad_()
+    p = {name: t.requires_grad_(name != "noise") for name, t in parameters("epilogue", x).items()}
+    if drawn:
+        del p["noise"]
+    leaves = [t for t in (x, *p.values()) if t.requires_grad]
+    with Calls() as forward:
+        y = style_epilogue(x, **p, backend=backend)
+    with Calls() as backward:
+        first = torch.autograd.grad(y, leaves, x.detach(), create_graph=True)
+    with Calls() as penalty:
+        torch.autograd.grad(first[0], leaves, x.detach(), allow_unused=True)
+    assert forward.names == ["aten::randint"] * drawn + ["gdl_kernels::adain"]
+    assert backward.names == ["gdl_kernels::adain_backward"]
+    assert penalty.names == ["gdl_kernels::adain_double_backward"]
+
+
 @pytest.mark.parametrize("memory", ["contiguous", "channels last"])
 @pytest.mark.parametrize("backend", KERNELS)
 def test_registration(backend: str, memory: str) -> None:
@@ -535,6 +632,10 @@ def test_registration(backend: str, memory: str) -> None:
         v = torch.randn_like(y), *torch.randn(4, 2, 3, device=device)
         inference = [t.detach() if isinstance(t, Tensor) else t for t in arguments]
         torch.library.opcheck(op.double_backward.dispatched, (*v, *inference))
+    if backend == "cuda":
+        for shared in (noise, noise[:1]):
+            arguments = (x, weight, shared, backend)
+            torch.library.opcheck(op.noise_gradient.dispatched, arguments)
     style = random((2, 3, 7), torch.float32, device).requires_grad_()
     torch.library.opcheck(from_style.forward.dispatched, (x, style, 1e-5, backend))
 

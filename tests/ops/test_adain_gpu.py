@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gdl_kernels import adain, style_epilogue
+from gdl_kernels.ops.adain import op
 from tests.accuracy import assert_accurate
 
 pytestmark = pytest.mark.gpu
@@ -157,6 +158,16 @@ def test_a_graph_of_two_gradients(shape: tuple[int, ...], memory: str) -> None:
     graph.replay()
     for replayed, eager in zip(out, two_gradients(leaves, grad, v)):
         assert torch.equal(replayed, eager)
+
+
+def test_a_seed_is_the_same_wherever_it_is() -> None:
+    x, numbers, weight = random(2, 3, 20, 20), random(2, 3), random(3)
+    call = weight, None, 0.2, 1e-5, "cuda"
+    drawn = [
+        op.forward(x, numbers, numbers, None, torch.tensor(2**62 + 7, device=device), *call)[0]
+        for device in ("cpu", "cuda")
+    ]
+    assert torch.equal(*drawn)
 
 
 @pytest.mark.parametrize("shape", GRAPH_PLANES, ids=str)

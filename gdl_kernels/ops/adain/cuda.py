@@ -36,3 +36,7 @@ def double_backward(
     directions = v_scale, v_bias, v_noise_weight, v_channel_bias
     prologue = noise, seed, noise_weight, channel_bias, negative_slope
     launch("adain_double_backward", grad_grad, grad_x, gradients, v, directions, grad, x, scale, statistics, prologue)
+
+
+def noise_gradient(out: Tensor, gradient: Tensor, weight: Tensor, _noise: Tensor, _backend: str) -> None:
+    launch("adain_noise_gradient", out, gradient, weight)

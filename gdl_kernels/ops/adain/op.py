@@ -19,6 +19,7 @@ from ... import _backends, _images
 from ..._arguments import sum_dtype, to_dtype
 from ..._registration import register
 from . import cpu, cuda
+from .reference import planes
 
 
 def _examples() -> Iterator[_backends.Example]:
@@ -82,7 +83,7 @@ def _gradient(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     dx, dscale, dbias, dweight, dchannel = backward(
         grad, x, scale, statistics, noise, seed, noise_weight, channel_bias, *ctx.call
     )
-    dnoise = _noise_gradient(noise, noise_weight, dx) if ctx.needs_input_grad[3] else None
+    dnoise = _noise_gradient(noise, noise_weight, dx, ctx.call[-1]) if ctx.needs_input_grad[3] else None
     dweight = dweight if ctx.needs_input_grad[5] else None
     dchannel = dchannel if ctx.needs_input_grad[6] else None
     return to_dtype(dx, dtype), dscale, dbias, dnoise, None, dweight, dchannel, None, None, None
@@ -92,8 +93,10 @@ def _gradient(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
 ADDED = 32
 
 
-def _noise_gradient(noise: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
+def _noise_gradient(noise: Tensor, weight: Tensor, gradient: Tensor, backend: str) -> Tensor:
     """From the gradient of x, in the dtype of sums: noise reaches every channel of its image."""
+    if backend == "cuda":
+        return noise_gradient(gradient, weight, noise, backend)
     channels = gradient.shape[1]
     added = next(size for size in range(ADDED, 0, -1) if channels % size == 0)
     groups = channels // added
@@ -106,6 +109,22 @@ def _noise_gradient(noise: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
         own = torch.eye(groups, dtype=weight.dtype, device=weight.device).unsqueeze(2)
         sums = (by_group * own).flatten(-2) @ flat
     return to_dtype(sums.sum((0, 1) if noise.shape[0] == 1 else 1).reshape(noise.shape), noise.dtype)
+
+
+def _like_noise(_gradient: Tensor, _weight: Tensor, noise: Tensor, *_: Any) -> Tensor:
+    return noise.new_empty(noise.shape)
+
+
+def _save_noise_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _gradient_of_noise_gradient(ctx: Any, v: Tensor) -> tuple[Any, ...]:
+    gradient, weight = ctx.saved_tensors
+    v = to_dtype(v, gradient.dtype)
+    of_gradient = (planes(weight, v) * v).expand_as(gradient)
+    of_weight = to_dtype((gradient * v).flatten(2).sum((0, 2)), weight.dtype)
+    return of_gradient, of_weight, None, None
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -133,10 +152,10 @@ def _gradient_of_backward(ctx: Any, v: Tensor | None, *v_numbers: Tensor | None)
     )
     grad_noise = None
     if ctx.needs_input_grad[4]:
-        grad_noise = _noise_gradient(noise, noise_weight, grad_x)
+        grad_noise = _noise_gradient(noise, noise_weight, grad_x, ctx.call[-1])
         if v_weight is not None:  # the gradient of noise_weight is the sum of dx noise
             dx = backward(*tensors, *ctx.call)[0]
-            grad_noise = grad_noise + _noise_gradient(noise, v_weight, dx)
+            grad_noise = grad_noise + _noise_gradient(noise, v_weight, dx, ctx.call[-1])
     grad_weight = grad_weight if ctx.needs_input_grad[6] else None
     grad_channel = grad_channel if ctx.needs_input_grad[7] else None
     grad_grad, grad_x = to_dtype(grad_grad, dtype), to_dtype(grad_x, dtype)
@@ -183,6 +202,15 @@ def _gradient_of_double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     *of_tensors, of_noise, of_weight, of_channel = found
     return *of_tensors, None, of_noise, None, of_weight, of_channel, None, None, None
 
+
+noise_gradient = register(
+    "adain_noise_gradient",
+    "(Tensor gradient, Tensor weight, Tensor noise, str backend) -> Tensor",
+    outputs=_like_noise,
+    kernels={"cuda": cuda.noise_gradient},
+    save=_save_noise_gradient,
+    gradient=_gradient_of_noise_gradient,
+)
 
 # Noise is given, or drawn from the seed, int64 () on the device or the CPU; noise_weight comes with either.
 _PROLOGUE = "Tensor? noise, Tensor? seed, Tensor? noise_weight, Tensor? channel_bias, float negative_slope"

@@ -54,13 +54,17 @@ def _gradient(ctx: Any, grad: Tensor | None, grad_of_style: Tensor | None, _: No
     content, style, of_style, of_content = ctx.saved_tensors
     no_prologue = None, None, None, None, 1.0
     dcontent = dstyle = None
+    of_planes: list[Tensor] = []
     if grad is not None:
         _mean, deviation = of_style
         dcontent, dscale, dbias, *_ = adain.backward(grad, content, deviation, of_content, *no_prologue, *ctx.call)
-        grad_of_bias_and_scale = torch.stack([dbias, dscale])
-        grad_of_style = grad_of_bias_and_scale if grad_of_style is None else grad_of_style + grad_of_bias_and_scale
-    if grad_of_style is not None and ctx.needs_input_grad[1]:
-        bias, scale = grad_of_style / math.prod(style.shape[2:])
+        of_planes = [dbias, dscale]
+        if grad_of_style is not None:
+            of_planes = [a + b for a, b in zip(of_planes, grad_of_style)]
+    elif grad_of_style is not None:
+        of_planes = list(grad_of_style)
+    if of_planes and ctx.needs_input_grad[1]:
+        bias, scale = torch._foreach_div(of_planes, math.prod(style.shape[2:]))  # in one launch
         dstyle, _statistics = adain.forward(style, scale, bias, *no_prologue, *ctx.call)
     return dcontent, dstyle, None, None
 
