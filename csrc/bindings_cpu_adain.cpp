@@ -55,8 +55,7 @@ Modulation<T> modulation_of(ImageReader& reader, const Tensor& scale, const Tens
 template <typename T>
 class OfPlanes {
  public:
-  explicit OfPlanes(const Images& images)
-      : images_(images), data_(make_buffer<T>(images.count * images.channels)) {}
+  explicit OfPlanes(const Images& images) : images_(images), data_(make_buffer<T>(images.count * images.channels)) {}
 
   // The same for all images; zero where there are none.
   OfPlanes(const Images& images, const T* of_channels) : OfPlanes(images) {
@@ -123,8 +122,9 @@ void backward(const Tensor& dx, const std::array<Tensor, 4>& gradients, const Te
 
 // directions: of scale, shift, weight and bias; gradients: of scale, weight and bias
 void double_backward(const Tensor& grad_grad, const Tensor& grad_x, const std::array<Tensor, 3>& gradients,
-                     const Tensor& v, const std::array<std::optional<Tensor>, 4>& directions, const Tensor& grad, const Tensor& x,
-                     const Tensor& scale, const Tensor& statistics, const PrologueArguments& prologue, int threads) {
+                     const Tensor& v, const std::array<std::optional<Tensor>, 4>& directions, const Tensor& grad,
+                     const Tensor& x, const Tensor& scale, const Tensor& statistics, const PrologueArguments& prologue,
+                     int threads) {
   ImageReader reader(grad_x);
   const Images& images = reader.images();
   dispatch(grad_x.dtype_name(), [&](auto type) {
@@ -138,7 +138,9 @@ void double_backward(const Tensor& grad_grad, const Tensor& grad_x, const std::a
     const auto& [v_scale, v_shift, v_weight, v_bias] = directions;
     const OfPlanes<T> v_weights(images, reader.numbers<const T>(v_weight));
     const OfPlanes<T> v_biases(images, reader.numbers<const T>(v_bias)), zeros(images, nullptr);
-    const auto or_zeros = [&](const std::optional<Tensor>& v) { return v ? reader.numbers<const T>(*v) : zeros.data(); };
+    const auto or_zeros = [&](const std::optional<Tensor>& v) {
+      return v ? reader.numbers<const T>(*v) : zeros.data();
+    };
     const PlaneDirections<T> given{or_zeros(v_scale), or_zeros(v_shift), v_weights.data(), v_biases.data()};
     const auto& [of_scale, of_weight, of_bias] = gradients;
     const OfPlanes<T> weights(images), biases(images);

@@ -1,6 +1,6 @@
-#include <array>
-
 #include "bindings_cuda_adain.h"
+
+#include <array>
 
 namespace {
 
@@ -18,9 +18,14 @@ void forward(const Tensor& y, const Tensor& statistics, const Tensor& x, const T
              const PrologueArguments& prologue, double eps, std::uintptr_t stream) {
   AdainReader reader(y, statistics, stream);
   float* const mean = statistics.data<float>();
-  const AdainForward arguments{reader.lines<const void>(x), reader.numbers(scale),   reader.numbers(shift),
-                               reader.prologue(prologue),   static_cast<float>(eps), reader.lines<void>(y),
-                               mean,                        mean + scale.numel()};
+  const AdainForward arguments{reader.lines<const void>(x),
+                               reader.numbers(scale),
+                               reader.numbers(shift),
+                               reader.prologue(prologue),
+                               static_cast<float>(eps),
+                               reader.lines<void>(y),
+                               mean,
+                               mean + scale.numel()};
   const pybind11::gil_scoped_release without_gil;
   check(adain_forward(reader.dtype(), reader.images(), arguments, reader.scratch(), reader.stream()), "adain_forward");
 }
@@ -30,13 +35,13 @@ void backward(const Tensor& dx, const std::array<Tensor, 4>& gradients, const Te
               const Tensor& scale, const Tensor& statistics, const PrologueArguments& prologue, std::uintptr_t stream) {
   AdainReader reader(dx, statistics, stream);
   const auto& [of_scale, of_shift, of_weight, of_bias] = gradients;
-  const AdainBackward arguments{reader.lines<const void>(grad),
-                                reader.lines<const void>(x),
-                                modulation_of(reader, scale, statistics),
-                                reader.prologue(prologue),
-                                reader.lines<void>(dx),
-                                {reader.written(of_scale), reader.written(of_shift), reader.written(of_weight),
-                                 reader.written(of_bias)}};
+  const AdainBackward arguments{
+      reader.lines<const void>(grad),
+      reader.lines<const void>(x),
+      modulation_of(reader, scale, statistics),
+      reader.prologue(prologue),
+      reader.lines<void>(dx),
+      {reader.written(of_scale), reader.written(of_shift), reader.written(of_weight), reader.written(of_bias)}};
   const pybind11::gil_scoped_release without_gil;
   check(adain_backward(reader.dtype(), reader.images(), arguments, reader.scratch(), reader.stream()),
         "adain_backward");

@@ -30,9 +30,7 @@ class AdainReader : public ImageReader {
     return {dense.data<const void>(), type_of(dense)};
   }
 
-  Numbers<const void> numbers(const std::optional<Tensor>& x) {
-    return x ? numbers(*x) : Numbers<const void>{};
-  }
+  Numbers<const void> numbers(const std::optional<Tensor>& x) { return x ? numbers(*x) : Numbers<const void>{}; }
 
   // An output, which is empty where there is nothing to be written.
   static Numbers<void> written(const Tensor& out) {

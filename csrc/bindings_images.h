@@ -28,7 +28,8 @@ class ImageReader : public Copies {
     const std::optional<std::int64_t> pixel = pixel_stride(x);
     if (last && pixel && (x.stride(1) == 1 || channels == 1)) return {x.data<T>(), x.stride(0), *pixel};
     if (!last && pixel && (*pixel == 1 || pixels == 1)) return {x.data<T>(), x.stride(0), x.stride(1)};
-    const pybind11::object lined = last ? x.object().attr("movedim")(1, -1) : pybind11::reinterpret_borrow<pybind11::object>(x.object());
+    const pybind11::object lined =
+        last ? x.object().attr("movedim")(1, -1) : pybind11::reinterpret_borrow<pybind11::object>(x.object());
     const Tensor dense = keep(lined.attr("contiguous")());
     return {dense.data<T>(), channels * pixels, last ? channels : pixels};
   }

@@ -1,7 +1,6 @@
-#include "adain_channels.h"
-
 #include <cstdint>
 
+#include "adain_channels.h"
 #include "dtypes.cuh"
 
 namespace gdl {
@@ -29,8 +28,7 @@ __global__ void __launch_bounds__(kWarp* kChannels)
   for (int64_t i = lane; i < images.count * records.blocks; i += kWarp) {
     const int64_t plane = i / records.blocks * images.channels + channel, block = i % records.blocks;
     const int64_t unit = plane / records.planes, group = unit / records.slots, slot = unit % records.slots;
-    const float* record =
-        records.data + ((group * records.blocks + block) * records.slots + slot) * 2 * records.planes;
+    const float* record = records.data + ((group * records.blocks + block) * records.slots + slot) * 2 * records.planes;
     of_weight += record[plane % records.planes];
     of_bias += record[records.planes + plane % records.planes];
   }

@@ -94,13 +94,16 @@ cudaError_t adain_noise_gradient(Images images, Lines<const float> gradient, Num
   const bool vectors = images.pixels % 4 == 0 && reinterpret_cast<std::uintptr_t>(gradient.data) % 16 == 0 &&
                        gradient.image % 4 == 0 && gradient.line % 4 == 0;
   const int64_t warps = sums.count * images.pixels;
-  const int64_t blocks = images.channels_last ? (warps + kRows - 1) / kRows
-                                              : (warps / (vectors ? 4 : 1) + kWarp - 1) / kWarp;
+  const int64_t blocks =
+      images.channels_last ? (warps + kRows - 1) / kRows : (warps / (vectors ? 4 : 1) + kWarp - 1) / kWarp;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(kWarp, kRows);
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, images.channels_last ? over_channels : vectors ? over_planes<4> : over_planes<1>,
+  return cudaLaunchKernelEx(&config,
+                            images.channels_last ? over_channels
+                            : vectors            ? over_planes<4>
+                                                 : over_planes<1>,
                             sums);
 }
 

@@ -144,7 +144,7 @@ struct Epilogue {
   static constexpr int kNumbers = kNoise<V, W>;
 
   const Prologue* prologue;  // where the kernel's arguments are: its members take no registers
-  std::int64_t first;  // number of noise for the thread's first vector
+  std::int64_t first;        // number of noise for the thread's first vector
   float weight[W], bias[W];
 
   __device__ Epilogue(const Prologue& given, const Place& place) {

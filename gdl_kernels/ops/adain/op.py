@@ -187,13 +187,9 @@ def _gradient_of_double_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         bias = torch.zeros_like(scale, requires_grad=True)
         given = noise if seed is None else reference.drawn_noise(seed, x)
         y = reference.style_epilogue(x, scale, bias, given, noise_weight, channel_bias, slope, eps)
-        along = [
-            (t, v) for t, v in zip((x, scale, bias, noise_weight, channel_bias), cotangents) if v is not None
-        ]
+        along = [(t, v) for t, v in zip((x, scale, bias, noise_weight, channel_bias), cotangents) if v is not None]
         first = torch.autograd.grad(y, [t for t, _ in along], grad, create_graph=True)
-        of_first = [
-            (t, g) for t, g in zip((grad, x, scale, noise_weight, channel_bias), grads) if t is not None
-        ]
+        of_first = [(t, g) for t, g in zip((grad, x, scale, noise_weight, channel_bias), grads) if t is not None]
         second = torch.autograd.grad(first, [t for t, _ in of_first], [v for _, v in along], create_graph=True)
         wanted = [t for t in own if t is not None]
         outward = [g for _, g in of_first]

@@ -58,10 +58,8 @@ def style_epilogue(
         if seed is not None:
             noise = reference.drawn_noise(seed, x)
         return reference.style_epilogue(x, scale, bias, noise, noise_weight, channel_bias, negative_slope, eps)
-    scale, bias, noise, noise_weight, channel_bias = op.parameters(
-        x, chosen, scale, bias, noise, noise_weight, channel_bias
-    )
-    return op.forward(x, scale, bias, noise, seed, noise_weight, channel_bias, negative_slope, eps, chosen)[0]
+    given = op.parameters(x, chosen, scale, bias, noise, noise_weight, channel_bias)
+    return op.forward(x, *given[:3], seed, *given[3:], negative_slope, eps, chosen)[0]
 
 
 @op.choices.serving
