@@ -187,12 +187,11 @@ def add(
     _, n, splits, channels = parts.shape
     config = _config(n * splits, parts)
     bs = min(triton.next_power_of_2(splits), config["parts"])
-    bn = min(triton.next_power_of_2(n), config["parts"] // bs)
     (gain, gain_image), (v_gain, v_gain_image) = rows(gain), rows(v_gain)
     launch(
         _add, triton.cdiv(channels, config["channels"]), parts.device,
         parts, statistics, gain, v_gain, *planes, means, n, splits, parts.stride(0), channels, float(max(count, 1)),
-        gain_image, v_gain_image, BN=bn, BS=bs, BC=config["channels"], num_warps=config["num_warps"],
+        gain_image, v_gain_image, BN=config["parts"] // bs, BS=bs, BC=config["channels"], num_warps=config["num_warps"],
     )  # fmt: skip
 
 
