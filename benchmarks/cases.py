@@ -87,6 +87,8 @@ class Case:
             curve differ in that size and in nothing else.
         input_sets: calls go through this many sets of inputs in turn, so that none finds its inputs where the one
             before left them. More than three where three would stay in the caches.
+        recorded: whether on a GPU calls are recorded, and the GPU's part is timed alone. A model's are timed as they
+            are called.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Case:
     ceiling: Callable[[torch.dtype, torch.device], Ceiling] = matrix_product
     growth: tuple[str, int] | None = None
     input_sets: int = 3
+    recorded: bool = True
 
     def build(self) -> Case:
         return self
