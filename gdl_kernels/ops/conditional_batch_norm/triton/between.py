@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...._triton import launch
+from ...._triton import ceil_div, launch, power_of_two
 from ...._tuned import Config
 from .kernels import configuration, inverse_root, rows
 
@@ -163,7 +163,7 @@ def merge(parts: Tensor, statistics: Tensor, eps: float) -> None:
     _, n, splits, channels = parts.shape
     config = _config(n * splits, parts)
     launch(
-        _merge, triton.cdiv(channels, config["channels"]), parts.device, parts, statistics, n * splits,
+        _merge, ceil_div(channels, config["channels"]), parts.device, parts, statistics, n * splits,
         parts.stride(0), channels, eps, BR=config["parts"], BC=config["channels"], num_warps=config["num_warps"],
     )  # fmt: skip
 
@@ -186,10 +186,10 @@ def add(
     """
     _, n, splits, channels = parts.shape
     config = _config(n * splits, parts)
-    bs = min(triton.next_power_of_2(splits), config["parts"])
+    bs = min(power_of_two(splits), config["parts"])
     (gain, gain_image), (v_gain, v_gain_image) = rows(gain), rows(v_gain)
     launch(
-        _add, triton.cdiv(channels, config["channels"]), parts.device,
+        _add, ceil_div(channels, config["channels"]), parts.device,
         parts, statistics, gain, v_gain, *planes, means, n, splits, parts.stride(0), channels, float(max(count, 1)),
         gain_image, v_gain_image, BN=config["parts"] // bs, BS=bs, BC=config["channels"], num_warps=config["num_warps"],
     )  # fmt: skip
@@ -206,7 +206,7 @@ def weights(
     of_grad, of_x = planes.new_empty(2, n, channels), planes.new_empty(2, channels)
     given = [rows(t) for t in (gain, v_gain, v_bias)]
     launch(
-        _weights, triton.cdiv(n * channels, PLANES), planes.device,
+        _weights, ceil_div(n * channels, PLANES), planes.device,
         planes, means, statistics, *(t for t, _ in given), of_gain, of_grad, of_x, n * channels, channels,
         *(image for _, image in given), BLOCK=PLANES, num_warps=4,
     )  # fmt: skip
@@ -214,4 +214,4 @@ def weights(
 
 
 def _config(n_parts: int, parts: Tensor) -> Config:
-    return configuration("merge", parts.device, min(triton.next_power_of_2(n_parts), 512))
+    return configuration("merge", parts.device, min(power_of_two(n_parts), 512))

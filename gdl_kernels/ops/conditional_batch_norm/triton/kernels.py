@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .... import _images, _tuned
 from ...._images import Lines
-from ...._triton import capability, launch
+from ...._triton import capability, ceil_div, launch, power_of_two
 from ...._tuned import Config
 
 #: A tensor and its weights, ``(N, C)`` or ``(C,)``.
@@ -261,22 +261,22 @@ def configuration(kernel: str, device: torch.device, *key: int) -> Config:
 def _grid(kernel: str, x: Tensor, last: bool, *more_key: int) -> _Grid:
     """How to cut an image: among as many programs as the kernel's configuration wants, or a tile to each."""
     n, channels, pixels = _images.shape(x)
-    key = min(triton.next_power_of_2(pixels), 4096), int(last), x.element_size(), *more_key
+    key = min(power_of_two(pixels), 4096), int(last), x.element_size(), *more_key
     config = configuration(kernel, x.device, *key)
     num_warps = config["num_warps"]
     tile = 32 * num_warps * config["values"]
     if last:
-        bc = min(triton.next_power_of_2(channels), config["channels"])
-        bp = min(triton.next_power_of_2(pixels), tile // bc)
+        bc = min(power_of_two(channels), config["channels"])
+        bp = min(power_of_two(pixels), tile // bc)
     else:
-        bp = min(triton.next_power_of_2(pixels), tile)
-        bc = min(triton.next_power_of_2(channels), tile // bp)
-    planes, tiles = n * triton.cdiv(channels, bc), triton.cdiv(pixels, bp)
+        bp = min(power_of_two(pixels), tile)
+        bc = min(power_of_two(channels), tile // bp)
+    planes, tiles = n * ceil_div(channels, bc), ceil_div(pixels, bp)
     wanted = tiles
     if "programs" in config:
-        wanted = min(tiles, triton.cdiv(config["programs"] * _multiprocessors(x.device), planes))
-    tiles_a_split = triton.cdiv(tiles, wanted)
-    splits = triton.cdiv(tiles, tiles_a_split)
+        wanted = min(tiles, ceil_div(config["programs"] * _multiprocessors(x.device), planes))
+    tiles_a_split = ceil_div(tiles, wanted)
+    splits = ceil_div(tiles, tiles_a_split)
     return _Grid(planes * splits, splits, tiles_a_split, {"BP": bp, "BC": bc, "num_warps": num_warps})
 
 
