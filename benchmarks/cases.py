@@ -128,5 +128,11 @@ class Benchmark(Protocol):
         """What is asked, beside what was measured."""
 
 
+def dtypes(device: torch.device, quick: bool) -> tuple[torch.dtype, ...]:
+    """What cases are in, what models use on the device first; quick ones are in that alone."""
+    both = (torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float32, torch.bfloat16)
+    return both[:1] if quick else both
+
+
 def short(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
