@@ -366,8 +366,11 @@ cudaError_t launch(const typename Pass::Arguments& arguments, const Images& imag
 
   cudaError_t error = cudaSuccess;
   if (one_launch) {
-    error = cudaFuncSetAttribute(adain_pass<Pass>, cudaFuncAttributeMaxDynamicSharedMemorySize, split.shared_bytes);
-    if (error != cudaSuccess) return error;
+    constexpr int kUnasked = 48 << 10;  // bytes of shared memory that every kernel may have
+    if (split.shared_bytes + Pass::kCapacity.record_bytes > kUnasked) {
+      error = cudaFuncSetAttribute(adain_pass<Pass>, cudaFuncAttributeMaxDynamicSharedMemorySize, split.shared_bytes);
+      if (error != cudaSuccess) return error;
+    }
     config.dynamicSmemBytes = static_cast<std::size_t>(split.shared_bytes);
     config.attrs = &cluster;
     config.numAttrs = split.blocks > 1 ? 1 : 0;

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.launches import launches
 from gdl_kernels import adain, style_epilogue
 from gdl_kernels.ops.adain import op
 from tests.accuracy import assert_accurate
@@ -158,6 +159,25 @@ def test_a_graph_of_two_gradients(shape: tuple[int, ...], memory: str) -> None:
     graph.replay()
     for replayed, eager in zip(out, two_gradients(leaves, grad, v)):
         assert torch.equal(replayed, eager)
+
+
+# One launch a pass, and two where a plane does not fit on chip; one more for drawn noise, and for gradients of channels.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "passes"), [((4, 64, 16, 16), 1), ((1, 2, 1024, 1024), 2)], ids=str)
+def test_launches(shape: tuple[int, ...], passes: int, dtype: torch.dtype) -> None:
+    x, scale, bias, noise, weight, channel = leaves_of(random(*shape, dtype=dtype))
+    grad, given = random(*shape, dtype=dtype), noise.detach()
+
+    def count(call: Callable[[], Tensor], leaves: Sequence[Tensor]) -> tuple[int | None, int | None]:
+        y = call()
+        backward = launches(lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True), x.device)
+        return launches(call, x.device), backward
+
+    assert count(lambda: adain(x, scale, bias), [x, scale, bias]) == (passes, passes)
+    leaves = [x, scale, bias, weight, channel]
+    assert count(lambda: epilogue([x, scale, bias, given, weight, channel]), leaves) == (passes, passes + 1)
+    drawn = count(lambda: style_epilogue(x, scale, bias, noise_weight=weight, channel_bias=channel), leaves)
+    assert drawn == (passes + 1, passes + 2)
 
 
 def test_a_seed_is_the_same_wherever_it_is() -> None:
