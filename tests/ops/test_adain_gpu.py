@@ -161,7 +161,7 @@ def test_a_graph_of_two_gradients(shape: tuple[int, ...], memory: str) -> None:
         assert torch.equal(replayed, eager)
 
 
-# One launch a pass, and two where a plane does not fit on chip; one more for drawn noise, and for gradients of channels.
+# One launch a pass, two where planes do not fit on chip; one more for drawn noise, and for gradients of channels.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("shape", "passes"), [((4, 64, 16, 16), 1), ((1, 2, 1024, 1024), 2)], ids=str)
 def test_launches(shape: tuple[int, ...], passes: int, dtype: torch.dtype) -> None:
