@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _images, _tuned
-from ..._triton import capability, launch
+from ..._triton import capability, ceil_div, launch, power_of_two
 from ..._tuned import Config
 
 #: How each kernel is launched where no table says otherwise; see ``tunable.py``. Not yet timed on any GPU.
@@ -171,15 +171,15 @@ def plan(kernel: str, x: Tensor, group_size: int, num_features: int, last: bool,
     size, width = min(group_size, samples), channels // num_features
     # With whole channels next to each other in every tensor a feature is one line.
     lines, run = (pixels, width) if last else (1, width * pixels) if joined else (width, pixels)
-    padded = triton.next_power_of_2(size)
-    config = _config(kernel, x.device, padded, min(triton.next_power_of_2(run), 4096), x.element_size())
+    padded = power_of_two(size)
+    config = _config(kernel, x.device, padded, min(power_of_two(run), 4096), x.element_size())
     num_warps = config["num_warps"]
     places = max(1, 32 * num_warps * config["values"] // padded)
-    run_block = min(places, triton.next_power_of_2(run))
-    line_block = min(places // run_block, triton.next_power_of_2(lines))
-    n_tiles = triton.cdiv(lines, line_block) * triton.cdiv(run, run_block)
+    run_block = min(places, power_of_two(run))
+    line_block = min(places // run_block, power_of_two(lines))
+    n_tiles = ceil_div(lines, line_block) * ceil_div(run, run_block)
     groups = samples // size
-    wanted = triton.cdiv(config["programs"] * _multiprocessors(x.device), groups * num_features)
+    wanted = ceil_div(config["programs"] * _multiprocessors(x.device), groups * num_features)
     constants = {"GROUP": padded, "LINES": line_block, "RUN": run_block, "num_warps": num_warps}
     return Plan(size, groups, lines, run, n_tiles, min(n_tiles, wanted, MAX_PARTS), constants)
 
@@ -207,7 +207,7 @@ def _channel_strides(line: _images.Lines, last: bool) -> tuple[int, int, int]:
 
 def _pixels(kernel: str, x: Tensor, pixels: int, last: bool) -> dict[str, int]:
     """The pixels of a channel that a program takes at once, and its warps."""
-    key = min(triton.next_power_of_2(pixels), 4096), int(last), x.element_size()
+    key = min(power_of_two(pixels), 4096), int(last), x.element_size()
     config = _config(kernel, x.device, *key)
     num_warps = config["num_warps"]
     return {"PIXELS": 32 * num_warps * config["values"], "num_warps": num_warps}
@@ -228,7 +228,7 @@ def forward(y: Tensor, x: Tensor, group_size: int, num_features: int, eps: float
         cut.lines, cut.run, cut.n_tiles, cut.n_programs, cut.groups, num_features, cut.size, eps, **cut.constants,
     )  # fmt: skip
     constants = _pixels("fill", y, pixels, last)
-    n_blocks = triton.cdiv(pixels, constants["PIXELS"])
+    n_blocks = ceil_div(pixels, constants["PIXELS"])
     launch(
         _fill, samples * num_features * n_blocks, x.device, y, sums, *_channel_strides(target, last),
         channels, pixels, n_blocks, cut.n_programs, cut.groups, num_features, width * pixels,
@@ -243,7 +243,7 @@ def backward(dx: Tensor, grad: Tensor, x: Tensor, group_size: int, num_features:
     last, width = _images.channels_last(x), channels // num_features
     (given, source, target), joined = _lines((grad, x, dx), last)
     constants = _pixels("sum_of_statistic", grad, pixels, last)
-    n_parts = min(triton.cdiv(pixels, constants["PIXELS"]), MAX_PARTS)
+    n_parts = min(ceil_div(pixels, constants["PIXELS"]), MAX_PARTS)
     sums = torch.empty(samples, num_features, n_parts, dtype=torch.float32, device=x.device)
     launch(
         _sum_of_statistic, sums.numel(), x.device, given.tensor, sums, *_channel_strides(given, last),

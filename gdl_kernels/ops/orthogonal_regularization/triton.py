@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _matrices, _native, _tuned
-from ..._triton import capability, launch
+from ..._triton import capability, ceil_div, launch
 from ..._tuned import Config
 from .cpu import orientation
 
@@ -253,7 +253,7 @@ def _plan(matrices: tuple[Matrix, ...], tile: int, cuts: tuple[Cut, ...], device
     table, n_tiles, n_norms = [], 0, 0
     work: dict[tuple[bool, bool], tuple[list[Any], list[Any], list[Any]]] = {}
     for w, matrix in enumerate(matrices):
-        n_rows = triton.cdiv(matrix.height, tile)
+        n_rows = ceil_div(matrix.height, tile)
         summed, columns = (sizes.get((kernel, matrix.aligned)) for kernel in ("norms", "gradient"))
         table.append([
             matrix.height, matrix.width, matrix.stride, matrix.out_stride, n_tiles, n_norms, int(matrix.of_rows)
@@ -262,12 +262,12 @@ def _plan(matrices: tuple[Matrix, ...], tile: int, cuts: tuple[Cut, ...], device
         if matrix.width and ("gram", matrix.aligned) in sizes:
             gram += [(matrix.width, w, i, j) for i in range(n_rows) for j in range(i + 1)]
         if matrix.width and columns:
-            n_columns = triton.cdiv(matrix.width, columns)
+            n_columns = ceil_div(matrix.width, columns)
             gradient += [(matrix.height, w, i, k) for k in range(n_columns) for i in range(n_rows)]
         if matrix.width and not matrix.of_rows:
             if summed:
-                norms += [(matrix.width, w, 0, b) for b in range(triton.cdiv(matrix.height, summed))]
-                norms += [(matrix.height, w, 1, b) for b in range(triton.cdiv(matrix.width, summed))]
+                norms += [(matrix.width, w, 0, b) for b in range(ceil_div(matrix.height, summed))]
+                norms += [(matrix.height, w, 1, b) for b in range(ceil_div(matrix.width, summed))]
             n_norms += matrix.height + matrix.width
         n_tiles += n_rows * (n_rows + 1) // 2
 
@@ -320,7 +320,7 @@ class Call:
 
     def addresses(self, tensors: Sequence[Tensor]) -> Tensor:
         """The tensors' addresses, on the device: the last is written again to fill the last launch."""
-        size = triton.cdiv(len(tensors), ADDRESSES) * ADDRESSES
+        size = ceil_div(len(tensors), ADDRESSES) * ADDRESSES
         table = torch.empty(size, dtype=torch.int64, device=self.device)
         for first in range(0, len(tensors), ADDRESSES):
             some = tuple(tensors[min(first + i, len(tensors) - 1)] for i in range(ADDRESSES))
@@ -353,7 +353,7 @@ def kept_sizes(weights: Sequence[Tensor], columns: bool) -> tuple[int, int]:
     for weight in weights:
         rows, size = weight.shape[0], math.prod(weight.shape[1:])
         _, of_rows = orientation(rows, size, columns)
-        n_rows = triton.cdiv(min(rows, size), tile)
+        n_rows = ceil_div(min(rows, size), tile)
         n_tiles += n_rows * (n_rows + 1) // 2
         n_norms += 0 if of_rows else rows + size
     return n_tiles * tile * tile, n_norms

@@ -7,11 +7,10 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .... import _images, _tuned
-from ...._triton import capability, launch
+from ...._triton import capability, ceil_div, launch, power_of_two
 from ...._tuned import Config
 from ...sparse_attention.triton.launch import DOT, padded
 from . import maps
@@ -114,9 +113,9 @@ class Call:
         channels = x.shape[1]
         last = pooled.strides[1] == 1
         config = self._config("pool", (int(last), self.dtype.itemsize), POOL[last])
-        channel_block = min(config["channels"], triton.next_power_of_2(channels))
+        channel_block = min(config["channels"], power_of_two(channels))
         window_block = 32 * config["num_warps"] * config["values"] // channel_block
-        blocks = triton.cdiv(channels, channel_block), triton.cdiv(self.n_k, window_block)
+        blocks = ceil_div(channels, channel_block), ceil_div(self.n_k, window_block)
         launch(
             maps.pool, self.batch * blocks[0] * blocks[1], self.device,
             source.tensor, pooled.tensor, winner, None if other is None else second.tensor, picked.tensor,
@@ -132,7 +131,7 @@ class Call:
         config = self._config(name, key, built_in_tiles(name, *key))
         owned = self.n_k if name in ("grad_key_value", "double_columns") else self.n_q
         launch(
-            kernel, self.batch * triton.cdiv(owned, config["own"]), self.device, *args, self.n_q, self.n_k, self.scale,
+            kernel, self.batch * ceil_div(owned, config["own"]), self.device, *args, self.n_q, self.n_k, self.scale,
             C=self.channels, CV=self.value_channels, BLOCK_C=block_c, BLOCK_V=block_v, OWN=config["own"],
             STEP=config["step"], DOT=DOT[self.dtype], L2=self.l2, num_stages=config["num_stages"],
             num_warps=config["num_warps"],

@@ -8,13 +8,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .... import _native, _tuned
-from ...._triton import capability
+from ...._triton import capability, ceil_div, power_of_two
 from ...._tuned import Config
 from .walk import Lists
 
@@ -94,7 +93,7 @@ DOT = {
 
 def padded(features: int) -> int:
     """A head size as a tile has it."""
-    return max(16, triton.next_power_of_2(features))
+    return max(16, power_of_two(features))
 
 
 @functools.cache
@@ -145,8 +144,8 @@ class Call:
         self.kv_heads, self.n_k, self.value_dim = value.shape[1:]
         self.group = self.heads // self.kv_heads
         self.layout_n_q, self.layout_n_k, self.block_size, self.causal = sizes
-        self.rows = Side(Lists(*layout[:5]), triton.cdiv(self.layout_n_q, self.block_size))
-        self.columns = Side(Lists(*layout[5:10]), triton.cdiv(self.layout_n_k, self.block_size))
+        self.rows = Side(Lists(*layout[:5]), ceil_div(self.layout_n_q, self.block_size))
+        self.columns = Side(Lists(*layout[5:10]), ceil_div(self.layout_n_k, self.block_size))
         self.table, order, places = layout[10], layout[11], layout[12]
         self.order = order if order.numel() else None
         self.places = places if order.numel() else None
@@ -217,11 +216,11 @@ class Call:
             n_tiles, whole = self.rows.n_lines * (self.block_size // own), True
         elif self.order is None:
             # Enough wherever the first query lies in its tile, which the host may not know.
-            n_tiles, whole = triton.cdiv(self.n_q - 1, own) + 1, False
+            n_tiles, whole = ceil_div(self.n_q - 1, own) + 1, False
         else:
             # Any tile may hold a query of the call, and queries past the end of the layout lie past its last place.
             past = self.n_q if self.start is not None else 0
-            n_tiles, whole = triton.cdiv(self.layout_n_q + past, own), False
+            n_tiles, whole = ceil_div(self.layout_n_q + past, own), False
         return n_tiles, n_tiles * self.batch * self.heads if self.n_q else 0, whole
 
     def column_work(self, own: int, summed: int) -> tuple[int, int, bool]:
@@ -233,7 +232,7 @@ class Call:
         if self.n_k == self.layout_n_k and (self.list_step == 0 or summed == 1):
             n_tiles, whole = self.columns.n_lines * (self.block_size // own), True
         else:
-            n_tiles, whole = triton.cdiv(self.n_k if self.order is None else self.layout_n_k, own), False
+            n_tiles, whole = ceil_div(self.n_k if self.order is None else self.layout_n_k, own), False
         return n_tiles, n_tiles * self.batch * (self.heads // summed), whole
 
     def summed(self) -> int:

@@ -7,12 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .... import _tuned
-from ...._triton import capability, launch
+from ...._triton import capability, ceil_div, launch
 from ...._tuned import Config
 from .. import vectors
 from . import kernels
@@ -78,11 +77,11 @@ def _work(shapes: Shapes, cut: Cut, device: torch.device) -> Work:
         columns = outer * inner
         name, group = ("narrow_products", cut.narrow) if columns <= NARROW else ("wide_products", cut.wide)
         # Blocks of eight groups, or of as many as leave at most 64 blocks to merge.
-        size = max(8, triton.cdiv(rows, 64 * group)) * group
+        size = max(8, ceil_div(rows, 64 * group)) * group
         firsts = range(0, rows, size)
         items = products.setdefault((name, outer == 1, inner % 16 == 0), [])
         items += [[i, first, min(first + size, rows), sums + n * columns] for n, first in enumerate(firsts)]
-        mine = [[i, n] for n in range(triton.cdiv(rows * columns, cut.piece))]
+        mine = [[i, n] for n in range(ceil_div(rows * columns, cut.piece))]
         table.append([outer, rows, inner, sums, len(firsts), len(pieces), len(mine)])
         strips += [[i, first] for first in range(0, columns, cut.strip)]
         pieces += mine

@@ -1,0 +1,341 @@
+"""Launches past Triton's own dispatch: a kernel is handed to the driver just where Triton would have found the same."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from gdl_kernels import _triton
+from tests.build.triton_target import Target
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+
+CPU = torch.device("cpu")
+
+
+class Lists(NamedTuple):
+    first: Any
+    second: Any
+
+
+@triton.jit(do_not_specialize=["free", "free_too", "start"], do_not_specialize_on_alignment=["loose"])
+def copy(
+    x, loose, start, lists, addresses, tiles, strides, number, number_too, free, free_too, scale,
+    WIDTH: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    lane = tl.arange(0, WIDTH)
+    value = tl.load(x + lane * strides[0] + number).to(tl.float32) * scale
+    value += tl.load(lists.first + lane).to(tl.float32) + tl.load(lists.second + lane).to(tl.float32)
+    value += tl.load(addresses[0] + lane).to(tl.float32) + number_too + free_too
+    if start is not None:
+        value += tl.load(start).to(tl.float32)
+    if tiles is not None:
+        value += tl.reshape(tiles.load([0, 0]), [WIDTH]).to(tl.float32)
+    tl.store(loose + free + lane * strides[1], value.to(DTYPE))
+
+
+memory = torch.zeros(256)
+
+
+def tensor(offset: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """At an address of as many bytes off 16."""
+    return memory.view(torch.uint8)[offset * dtype.itemsize :][:64].view(dtype)
+
+
+def descriptor(width: int = 16, dtype: torch.dtype = torch.float32, rows: int = 4) -> TensorDescriptor:
+    return TensorDescriptor(tensor(dtype=dtype), [rows, width], [width, 1], [1, width])
+
+
+def arguments(**changed: Any) -> tuple[Any, ...]:
+    given = {
+        "x": tensor(), "loose": tensor(), "start": None, "lists": Lists(tensor(), tensor()),
+        "addresses": (tensor(), tensor()), "tiles": None, "strides": (32, 3), "number": 48, "number_too": 5, "free": 7,
+        "free_too": 9, "scale": 0.5,
+    }  # fmt: skip
+    assert set(changed) <= set(given)
+    return tuple((given | changed).values())
+
+
+CONSTANTS = {"WIDTH": 16, "DTYPE": tl.float32, "num_warps": 4}
+
+#: What Triton compiles anew for.
+OTHERS = {
+    "x is unaligned": {"x": tensor(1)},
+    "x has another dtype": {"x": tensor(dtype=torch.bfloat16)},
+    "loose has another dtype": {"loose": tensor(dtype=torch.float16)},
+    "there is a start": {"start": tensor(dtype=torch.int64)},
+    "a list is unaligned": {"lists": Lists(tensor(), tensor(1))},
+    "a list has another dtype": {"lists": Lists(tensor(dtype=torch.int32), tensor())},
+    "the other list has": {"lists": Lists(tensor(), tensor(dtype=torch.int32))},
+    "an address is of another dtype": {"addresses": (tensor(), tensor(dtype=torch.int32))},
+    "an address is unaligned": {"addresses": (tensor(), tensor(1))},
+    "there are more addresses": {"addresses": (tensor(), tensor(), tensor())},
+    "there are tiles": {"tiles": descriptor()},
+    "a tile has another dtype": {"tiles": descriptor(dtype=torch.float16)},
+    "a stride is 1": {"strides": (1, 3)},
+    "the other stride is 1": {"strides": (32, 1)},
+    "16 divides the other stride alone": {"strides": (3, 32)},
+    "16 divides both": {"strides": (32, 32)},
+    "a stride has 64 bits": {"strides": (2**35, 3)},
+    "a number is 1": {"number": 1},
+    "16 does not divide a number": {"number": 47},
+    "16 divides the other number": {"number_too": 80},
+    "a number has 64 bits": {"number": 2**31},
+    "a negative one has": {"number_too": -(2**31) - 1},
+    "a free number has 64 bits": {"free": 2**31},
+    "the other free number has": {"free_too": -(2**40)},
+    "a number is a fraction": {"number_too": 0.5},
+}
+
+#: What it does not.
+SAME = {
+    "x is elsewhere": {"x": tensor(4)},
+    "loose is unaligned": {"loose": tensor(1)},
+    "lists are elsewhere": {"lists": Lists(tensor(8), tensor(4))},
+    "other strides": {"strides": (-16, 2**31 - 1)},
+    "other numbers": {"number": 0, "number_too": -(2**31) + 1},
+    "a free number is 1": {"free": 1},
+    "16 divides a free number": {"free_too": 16},
+    "another scale": {"scale": 1.0},
+}
+
+
+def variant(args: tuple[Any, ...]) -> list[Any]:
+    """By which a warm kernel is found, the types included."""
+    known = _triton._Arguments(copy, args)
+    assert known.known
+    return [*map(type, args), *known.variant(args)]
+
+
+def specialization(args: tuple[Any, ...]) -> list[Any]:
+    """By which Triton finds it."""
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    return create_function_from_signature(copy.signature, copy.params, backend)(*args, WIDTH=16, DTYPE=tl.float32)[1]
+
+
+@pytest.mark.parametrize("changed", OTHERS.values(), ids=OTHERS)
+def test_variants_differ(changed: dict[str, Any]) -> None:
+    usual, other = arguments(), arguments(**changed)
+    assert specialization(other) != specialization(usual), "the case is none"
+    assert variant(other) != variant(usual)
+
+
+@pytest.mark.parametrize("changed", SAME.values(), ids=SAME)
+def test_variants_are_the_same(changed: dict[str, Any]) -> None:
+    usual, other = arguments(), arguments(**changed)
+    assert specialization(other) == specialization(usual), "the case is none"
+    assert variant(other) == variant(usual)
+
+
+NUMBERS = st.sampled_from([0, 1, 2, 16, 17, -16, 2**31 - 1, 2**31, 2**31 + 16, -(2**31), -(2**31) - 1, 2**62, 2**63])
+TENSORS = st.builds(tensor, st.integers(0, 4), st.sampled_from([torch.float32, torch.int32, torch.bfloat16]))
+TILES = st.builds(descriptor, st.sampled_from([16, 32]), st.sampled_from([torch.float32, torch.float16]))
+ARGUMENTS = st.tuples(
+    TENSORS, TENSORS, st.none() | TENSORS, st.builds(Lists, TENSORS, TENSORS), st.tuples(TENSORS, TENSORS),
+    st.none() | TILES, st.tuples(NUMBERS, NUMBERS), NUMBERS, NUMBERS, NUMBERS, NUMBERS, st.floats(width=32),
+)  # fmt: skip
+
+
+@given(ARGUMENTS, st.data())
+def test_what_is_warm_is_what_triton_would_find(args: tuple[Any, ...], data: st.DataObject) -> None:
+    """However few arguments two launches differ in: a variant has all that Triton looks at."""
+    others = data.draw(ARGUMENTS)
+    places = data.draw(st.sets(st.integers(0, len(args) - 1), max_size=2))
+    changed = tuple(others[i] if i in places else arg for i, arg in enumerate(args))
+    if variant(changed) == variant(args):
+        assert specialization(changed) == specialization(args)
+
+
+class Driver(Target):
+    """A GPU whose launches come here: what was launched, and with what arguments."""
+
+    def __init__(self) -> None:
+        super().__init__(90)
+        self.device, self.launched = 0, list[tuple[int, tuple[Any, ...]]]()
+        functions = itertools.count(1)
+        self.utils = SimpleNamespace(
+            load_binary=lambda *_: ("module", next(functions), 32, 0, 1024),
+            get_device_properties=lambda _: {"max_shared_mem": 2**20},
+        )
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def launcher_cls(self, _source: Any, _metadata: Any) -> Any:
+        def run(x: int, y: int, z: int, _stream: int, function: int, *rest: Any) -> None:
+            _metadata, launch_metadata, enter, leave, *args = rest
+            for hook in (enter, leave):
+                if hook is not None:
+                    hook(launch_metadata)
+            assert (x, y, z) == (3, 1, 1)
+            self.launched.append((function, tuple(args)))
+
+        return run
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    monkeypatch.setattr(_triton, "_arguments", {})
+    monkeypatch.setattr(copy, "device_caches", type(copy.device_caches)(copy.create_binder))
+    gpu = Driver()
+    driver.set_active(gpu)
+    yield gpu
+    if torch.cuda.is_available():  # without a GPU there is no driver to go back to
+        driver.reset_active()
+
+
+@pytest.fixture
+def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The arguments of what goes through Triton's own dispatch."""
+    seen = []
+    run = JITFunction.run
+
+    def spied(self: JITFunction, *args: Any, **options: Any) -> Any:
+        seen.append(args)
+        return run(self, *args, **options)
+
+    monkeypatch.setattr(JITFunction, "run", spied)
+    return seen
+
+
+def launch(args: tuple[Any, ...], **constants: Any) -> None:
+    _triton.launch(copy, 3, CPU, *args, **(CONSTANTS | constants))
+
+
+def test_launches_what_triton_would(gpu: Driver, dispatched: list[tuple[Any, ...]]) -> None:
+    """Each kind is compiled when it is first launched. Then it is handed the arguments by the driver alone."""
+    cases = [arguments(**changed) for changed in ({}, *OTHERS.values(), *SAME.values())]
+    cases = [args for args in cases if not isinstance(args[8], float)]  # copied so, but nothing to compile
+    found = {}
+    for i, args in enumerate(cases):
+        copy[(3,)](*args, **CONSTANTS)
+        found[i] = gpu.launched.pop()
+    assert len({function for function, _ in found.values()}) > 20
+    del dispatched[:]
+    for _ in range(2):
+        for i, args in enumerate(cases):
+            launch(args)
+            assert gpu.launched.pop() == found[i]
+    assert len(dispatched) == len(OTHERS), "each variant goes through Triton's own dispatch once"
+
+
+@pytest.mark.parametrize(
+    "constants", [{"WIDTH": 32}, {"DTYPE": tl.float16}, {"num_warps": 1}, {"num_stages": 2}], ids=str
+)
+def test_constants_are_of_the_variant(
+    constants: dict[str, Any], gpu: Driver, dispatched: list[tuple[Any, ...]]
+) -> None:
+    args = arguments()
+    for _ in range(2):
+        launch(args)
+        launch(args, **constants)
+    assert len(dispatched) == 2
+    functions = [function for function, _ in gpu.launched]
+    assert functions[:2] == functions[2:] == [1, 2]
+
+
+def test_devices_are_of_the_variant(gpu: Driver, dispatched: list[tuple[Any, ...]]) -> None:
+    for device in (0, 1, 0, 1):
+        gpu.device = device
+        launch(arguments())
+    assert len(dispatched) == 2
+    assert [function for function, _ in gpu.launched] == [1, 2, 1, 2]
+
+
+def test_options_of_the_process_are_of_the_variant(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch(arguments())
+    monkeypatch.setattr(knobs.runtime, "debug", True)
+    launch(arguments())
+    assert [function for function, _ in gpu.launched] == [1, 2]
+
+
+def test_hooks_are_called(gpu: Driver) -> None:
+    """Triton's profiler is told of launches that are warm, too."""
+    launch(arguments())
+    seen: list[str] = []
+
+    def enter(metadata: Any) -> None:
+        seen.append(metadata.get()["name"])
+
+    knobs.runtime.launch_enter_hook.add(enter)
+    try:
+        launch(arguments())
+    finally:
+        knobs.runtime.launch_enter_hook.remove(enter)
+    launch(arguments())
+    assert seen == ["copy"]
+
+
+def test_observers_see_warm_launches(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(_triton, "observers", [seen.append])
+    launch(arguments())
+    launch(arguments())
+    assert seen[0] is seen[1]
+    assert seen[0].name == "copy"
+
+
+def test_types_that_are_not_known_go_through_triton(gpu: Driver, dispatched: list[tuple[Any, ...]]) -> None:
+    for number in (True, False):
+        launch(arguments(number=number))
+    assert len(dispatched) == 2
+
+
+def test_other_tritons_find_their_kernels_themselves(
+    gpu: Driver, dispatched: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_triton, "_KNOWN", False)
+    for _ in range(2):
+        launch(arguments())
+    assert len(dispatched) == len(gpu.launched) == 2
+
+
+def test_another_current_device_is_the_tensors_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: the devices are made up."""
+    current = [0]
+
+    class Made:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            self.before, current[0] = current[0], self.device.index
+
+        def __exit__(self, *_: Any) -> None:
+            current[0] = self.before
+
+    monkeypatch.setattr(torch.cuda, "device", Made)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    launched = []
+    monkeypatch.setattr(_triton, "_launch", lambda *_: launched.append(current[0]))
+    for index in (1, 0):
+        _triton.launch(copy, 3, torch.device("cuda", index))
+    assert launched == [1, 0]
+    assert current == [0]
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 7, 8, 9, 2**40, 2**40 + 1])
+def test_sizes_are_as_tritons(number: int) -> None:
+    assert _triton.power_of_two(number) == triton.next_power_of_2(number)
+    for divisor in (1, 3, 16):
+        assert _triton.ceil_div(number, divisor) == triton.cdiv(number, divisor)
