@@ -91,6 +91,7 @@ DOT = {
 }
 
 
+@functools.cache
 def padded(features: int) -> int:
     """A head size as a tile has it."""
     return max(16, power_of_two(features))
@@ -111,12 +112,22 @@ def decode_splits(device: torch.device, programs: int, wanted: int, most: int) -
 
 
 def _descriptor(tensor: Tensor, positions: int, step: int) -> TensorDescriptor | None:
-    batch, heads, _, features = tensor.shape
-    strides, size = tensor.stride(), tensor.element_size()
-    aligned = tensor.data_ptr() % 16 == 0 and all(s > 0 and s * size % 16 == 0 for s in strides[:-1])
-    if not aligned or strides[-1] != 1 or features != padded(features) or not batch * positions:
+    strides, sizes = tensor.stride(), tensor.shape
+    if not positions or tensor.data_ptr() % 16 or not _is_loadable(sizes, strides, tensor.element_size()):
         return None
-    return TensorDescriptor(tensor, [batch, heads, positions, features], list(strides), [1, 1, step, features])
+    batch, heads, _, features = sizes
+    # Not by its own constructor, which checks again what was just checked.
+    descriptor = TensorDescriptor.__new__(TensorDescriptor)
+    descriptor.base, descriptor.shape, descriptor.strides = tensor, [batch, heads, positions, features], list(strides)
+    descriptor.block_shape, descriptor.padding = [1, 1, step, features], "zero"
+    return descriptor
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_loadable(sizes: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
+    """Whether the copy engine takes such a tensor, and its rows fill those of a tile."""
+    aligned = strides[-1] == 1 and all(s > 0 and s * itemsize % 16 == 0 for s in strides[:-1])
+    return aligned and sizes[-1] == padded(sizes[-1]) and sizes[0] > 0
 
 
 class Side(NamedTuple):
