@@ -171,15 +171,21 @@ def plan(kernel: str, x: Tensor, group_size: int, num_features: int, last: bool,
     size, width = min(group_size, samples), channels // num_features
     # With whole channels next to each other in every tensor a feature is one line.
     lines, run = (pixels, width) if last else (1, width * pixels) if joined else (width, pixels)
-    padded = power_of_two(size)
-    config = _config(kernel, x.device, padded, min(power_of_two(run), 4096), x.element_size())
-    num_warps = config["num_warps"]
-    places = max(1, 32 * num_warps * config["values"] // padded)
+    config = _config(kernel, x.device, power_of_two(size), min(power_of_two(run), 4096), x.element_size())
+    wanted = config["programs"] * _multiprocessors(x.device)
+    return _plan(samples, size, num_features, lines, run, wanted, config["values"], config["num_warps"])
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    samples: int, size: int, num_features: int, lines: int, run: int, programs: int, values: int, num_warps: int
+) -> Plan:
+    padded, groups = power_of_two(size), samples // size
+    places = max(1, 32 * num_warps * values // padded)
     run_block = min(places, power_of_two(run))
     line_block = min(places // run_block, power_of_two(lines))
     n_tiles = ceil_div(lines, line_block) * ceil_div(run, run_block)
-    groups = samples // size
-    wanted = ceil_div(config["programs"] * _multiprocessors(x.device), groups * num_features)
+    wanted = ceil_div(programs, groups * num_features)
     constants = {"GROUP": padded, "LINES": line_block, "RUN": run_block, "num_warps": num_warps}
     return Plan(size, groups, lines, run, n_tiles, min(n_tiles, wanted, MAX_PARTS), constants)
 
@@ -192,7 +198,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _lines(tensors: tuple[Tensor, ...], last: bool) -> tuple[list[_images.Lines], bool]:
     lines = [_images.lines(t, last) for t in tensors]
-    return lines, not last and all(line.line == math.prod(line.tensor.shape[2:]) for line in lines)
+    pixels = math.prod(tensors[0].shape[2:])
+    return lines, not last and all(line.line == pixels for line in lines)
 
 
 def _strides(line: _images.Lines, width: int, last: bool) -> tuple[int, int, int]:
