@@ -287,6 +287,17 @@ _DOT = _DTYPES | ({torch.bfloat16: tl.float32} if _native.interpreting() else {}
 _DOT_OF_GRAM = _DOT | {torch.float16: tl.float32}
 
 
+@functools.lru_cache(maxsize=1024)
+def _line(sizes: tuple[int, ...], stride: int, columns: bool, itemsize: int, aligned: bool) -> Matrix:
+    """What the tables say of a weight of given sizes, whose memory begins at 16 bytes or not."""
+    rows, out_stride = sizes[0], math.prod(sizes[1:])
+    turn, of_rows = orientation(rows, out_stride, columns)
+    height, width = (out_stride, rows) if turn else (rows, out_stride)
+    # The gradient's rows are in one piece from the first to the last: their length is its stride.
+    aligned = aligned and stride * itemsize % 16 == 0 and out_stride * itemsize % 16 == 0
+    return Matrix(height, width, stride, out_stride, turn, of_rows, aligned)
+
+
 class Call:
     """A list of weights as some of the kernels take it."""
 
@@ -295,17 +306,15 @@ class Call:
         self.tile = TILE[self.dtype.itemsize]
         self.matrices, lines = [], []
         for weight in weights:
-            matrix = _matrices.flattened(weight)
-            if matrix.stride(1) != 1 and matrix.shape[1] != 1:
-                matrix = matrix.contiguous()
-            turn, of_rows = orientation(matrix.shape[0], matrix.shape[1], columns)
-            height, width = matrix.shape[::-1] if turn else matrix.shape
-            stride, out_stride = matrix.stride(0), matrix.shape[1]
-            # The gradient's rows are in one piece from the first to the last: their length is its stride.
-            sizes = *(n * self.dtype.itemsize for n in (stride, out_stride)), matrix.data_ptr()
-            aligned = all(size % 16 == 0 for size in sizes)
+            # Nothing else is asked of a weight than where it is and how its rows follow each other.
+            matrix, stride = weight, math.prod(weight.shape[1:])
+            if not weight.is_contiguous():
+                matrix = _matrices.flattened(weight)
+                if matrix.stride(1) != 1 and matrix.shape[1] != 1:
+                    matrix = matrix.contiguous()
+                stride = matrix.stride(0)
             self.matrices.append(matrix)
-            lines.append(Matrix(height, width, stride, out_stride, turn, of_rows, aligned))
+            lines.append(_line(matrix.shape, stride, columns, self.dtype.itemsize, matrix.data_ptr() % 16 == 0))
         self.configs = {
             (kernel, aligned): _config(kernel, aligned, self.dtype.itemsize, self.device)
             for kernel in kernels
@@ -322,8 +331,9 @@ class Call:
         """The tensors' addresses, on the device: the last is written again to fill the last launch."""
         size = ceil_div(len(tensors), ADDRESSES) * ADDRESSES
         table = torch.empty(size, dtype=torch.int64, device=self.device)
-        for first in range(0, len(tensors), ADDRESSES):
-            some = tuple(tensors[min(first + i, len(tensors) - 1)] for i in range(ADDRESSES))
+        filled = *tensors, *[tensors[-1]] * (size - len(tensors))
+        for first in range(0, size, ADDRESSES):
+            some = filled[first : first + ADDRESSES]
             launch(_write_addresses, 1, self.device, table, some, first, num_warps=1)
         return table
 
