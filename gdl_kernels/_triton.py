@@ -48,27 +48,30 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **const
 def _launch(kernel: Any, programs: int, args: tuple[Any, ...], constants: dict[str, Any]) -> Any:
     if not _KNOWN or not isinstance(kernel, JITFunction) or _is_watched(kernel):
         return kernel[(programs,)](*args, **constants)
-    kind = (kernel.fn, *map(type, args))
-    arguments = _arguments.get(kind)
-    if arguments is None:
-        arguments = _arguments[kind] = _Arguments(kernel, args)
-    if not arguments.known:
+    kind = (id(kernel), *map(type, args))
+    variants = _variants.get(kind)
+    if variants is None:
+        variants = _variants[kind] = _Variants(kernel, args)
+    if variants.key is None:
         return kernel[(programs,)](*args, **constants)
-    device = driver.active.get_current_device()
-    # Triton adds these two to the options of a launch.
-    options = knobs.runtime.debug, knobs.compilation.instrumentation_mode
-    key = (device, options, *constants, *constants.values(), *arguments.variant(args))
-    warm = arguments.warm.get(key)
+    gpu = driver.active
+    device = gpu.get_current_device()
+    # Triton adds the first two to the options of a launch.
+    key = (
+        knobs.runtime.debug, knobs.compilation.instrumentation_mode, device, *constants, *constants.values(),
+        *variants.key(*args),
+    )  # fmt: skip
+    warm = variants.warm.get(key)
     if warm is None:
         compiled = kernel[(programs,)](*args, **constants)
         # None where nothing is compiled for a launch. AMD's variants tell more tensors apart.
         if isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
             rest = tuple(constants[name] for name in kernel.arg_names[len(args) :])
-            arguments.warm[key] = _Warm(compiled, compiled.run, compiled.function, compiled.packed_metadata, rest)
+            variants.warm[key] = _Warm(compiled, compiled.run, compiled.function, compiled.packed_metadata, rest)
         return compiled
-    stream = driver.active.get_current_stream(device)
-    warm.run(programs, 1, 1, stream, warm.function, warm.metadata, None, None, None, *args, *warm.constants)
-    return warm.compiled
+    compiled, run, function, metadata, rest = warm
+    run(programs, 1, 1, gpu.get_current_stream(device), function, metadata, None, None, None, *args, *rest)
+    return compiled
 
 
 def _is_watched(kernel: Any) -> bool:
@@ -92,66 +95,70 @@ class _Warm(NamedTuple):
     constants: tuple[Any, ...]
 
 
-class _Arguments:
-    """The arguments of a kernel, of given types, and what it was compiled to for them.
+class _Variants:
+    """What a kernel is compiled to for arguments of given types.
 
     Attributes:
-        known: whether all of the types are known here.
-        warm: by device, options, constants and what :meth:`variant` says.
+        key: all that Triton tells variants apart by, from the arguments, and hardly more: a new length is as warm as an
+            old one. None where there is an argument of a type that is not known here.
+        warm: by options, device, constants and key.
     """
 
     def __init__(self, kernel: Any, args: tuple[Any, ...]) -> None:
-        self.known = True
+        self.kernel = kernel  # or its id might become another's
+        self.key = _key(kernel, args)
         self.warm: dict[tuple[Any, ...], _Warm] = {}
-        # Where there are tensors with variants by alignment, and without; numbers with variants by value, and without.
-        # What is in a tuple has all variants, whatever its kernel asks. Of a float and of None there is but one.
-        self.aligned: list[int] = []
-        self.loose: list[int] = []
-        self.numbers: list[int] = []
-        self.free: list[int] = []
-        self.tensor_tuples: list[int] = []
-        self.number_tuples: list[int] = []
-        self.descriptors: list[int] = []
-        for i, (param, arg) in enumerate(zip(kernel.params, args)):
-            if isinstance(arg, Tensor):
-                loose = param.do_not_specialize or param.do_not_specialize_on_alignment
-                (self.loose if loose else self.aligned).append(i)
-            elif isinstance(arg, tuple) and all(isinstance(item, Tensor) for item in arg):
-                self.tensor_tuples.append(i)
-            elif isinstance(arg, tuple) and all(type(item) is int for item in arg):
-                self.number_tuples.append(i)
-            elif type(arg) is int:
-                (self.free if param.do_not_specialize else self.numbers).append(i)
-            elif type(arg) is TensorDescriptor:
-                self.descriptors.append(i)
-            elif type(arg) is not float and arg is not None:
-                self.known = False
-
-    def variant(self, args: tuple[Any, ...]) -> list[Any]:
-        """All that Triton tells variants apart by, and hardly more: a new length is as warm as an old one."""
-        found: list[Any] = [_variants(tuple([args[i] for i in self.numbers]))]
-        aligned = [args[i] for i in self.aligned]
-        for i in self.tensor_tuples:
-            aligned += args[i]
-            found.append(len(args[i]))
-        found += [x.dtype if x.data_ptr() % 16 == 0 else (x.dtype,) for x in aligned]
-        found += [args[i].dtype for i in self.loose]
-        found += [_variants(args[i]) for i in self.number_tuples]
-        found += [(args[i].base.dtype, *args[i].block_shape) for i in self.descriptors]
-        free = [args[i] for i in self.free]
-        if free and not -(2**31) <= min(free) <= max(free) < 2**31:
-            found.append(tuple(number.bit_length() for number in free))  # 64 bits long, or unsigned
-        return found
 
 
-#: By a kernel's function and the types of the arguments.
-_arguments: dict[tuple[Any, ...], _Arguments] = {}
+#: By a kernel's id and the types of the arguments.
+_variants: dict[tuple[Any, ...], _Variants] = {}
+
+
+def _key(kernel: Any, args: tuple[Any, ...]) -> Callable[..., tuple[Any, ...]] | None:
+    """``_Variants.key``, written out for these types: a loop over the arguments takes twice as long."""
+    parts: list[str] = []
+    numbers: list[str] = []
+    free: list[str] = []
+    for i, (param, arg) in enumerate(zip(kernel.params, args)):
+        if isinstance(arg, Tensor):
+            parts.append(f"a{i}.dtype")
+            if not param.do_not_specialize and not param.do_not_specialize_on_alignment:
+                parts.append(f"a{i}.data_ptr() % 16 == 0")
+        elif isinstance(arg, tuple) and all(isinstance(item, Tensor) for item in arg):
+            parts.append(f"of_tensors(a{i})")  # by alignment, whatever the kernel says
+        elif isinstance(arg, tuple) and all(type(item) is int for item in arg):
+            parts.append(f"of_numbers(a{i})")
+        elif type(arg) is int:
+            (free if param.do_not_specialize else numbers).append(f"a{i}")
+        elif type(arg) is TensorDescriptor:
+            parts.append(f"a{i}.base.dtype, *a{i}.block_shape")
+        elif type(arg) is not float and arg is not None:  # of these there is one variant
+            return None
+    if numbers:
+        parts.append(f"of_numbers(({', '.join(numbers)},))")
+    if free:
+        parts.append(f"of_free_numbers({', '.join(free)})")
+    source = f"lambda {', '.join(f'a{i}' for i in range(len(args)))}: ({', '.join(parts)},)"
+    names = {"of_tensors": _of_tensors, "of_numbers": _of_numbers, "of_free_numbers": _of_free_numbers}
+    key: Callable[..., tuple[Any, ...]] = eval(source, names)
+    return key
+
+
+def _of_tensors(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    return tuple([x.dtype if x.data_ptr() % 16 == 0 else (x.dtype,) for x in tensors])
 
 
 @functools.lru_cache(maxsize=4096)
-def _variants(numbers: tuple[int, ...]) -> tuple[int, ...]:
-    """What a kernel is compiled for of numbers: whether one is 1, whether 16 divides it, whether it has 32 bits."""
+def _of_numbers(numbers: tuple[int, ...]) -> tuple[int, ...]:
+    """Whether each is 1, whether 16 divides it, whether it has 32 bits."""
     return tuple((1 if n == 1 else 0 if n % 16 else 16) if -(2**31) <= n < 2**31 else n for n in numbers)
+
+
+def _of_free_numbers(*numbers: int) -> tuple[int, ...] | None:
+    """Whether all have 32 bits; else which have 64."""
+    if min(numbers) >= -(2**31) and max(numbers) < 2**31:
+        return None
+    return tuple(n.bit_length() for n in numbers)
 
 
 # Triton's own of these go through its constexprs, which takes 3 µs.

@@ -122,9 +122,9 @@ SAME = {
 
 def variant(args: tuple[Any, ...]) -> list[Any]:
     """By which a warm kernel is found, the types included."""
-    known = _triton._Arguments(copy, args)
-    assert known.known
-    return [*map(type, args), *known.variant(args)]
+    key = _triton._key(copy, args)
+    assert key is not None
+    return [*map(type, args), *key(*args)]
 
 
 def specialization(args: tuple[Any, ...]) -> list[Any]:
@@ -195,7 +195,7 @@ class Driver(Target):
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
-    monkeypatch.setattr(_triton, "_arguments", {})
+    monkeypatch.setattr(_triton, "_variants", {})
     monkeypatch.setattr(copy, "device_caches", type(copy.device_caches)(copy.create_binder))
     gpu = Driver()
     driver.set_active(gpu)
