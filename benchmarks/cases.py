@@ -87,6 +87,8 @@ class Case:
             curve differ in that size and in nothing else.
         input_sets: calls go through this many sets of inputs in turn, so that none finds its inputs where the one
             before left them. More than three where three would stay in the caches.
+        recorded: whether on a GPU calls are recorded, and the GPU's part is timed alone. A model's are timed as they
+            are called.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Case:
     ceiling: Callable[[torch.dtype, torch.device], Ceiling] = matrix_product
     growth: tuple[str, int] | None = None
     input_sets: int = 3
+    recorded: bool = True
 
     def build(self) -> Case:
         return self
@@ -123,6 +126,12 @@ class Benchmark(Protocol):
 
     def bars(self, results: Sequence[Result]) -> list[Bar]:
         """What is asked, beside what was measured."""
+
+
+def dtypes(device: torch.device, quick: bool) -> tuple[torch.dtype, ...]:
+    """What cases are in, what models use on the device first; quick ones are in that alone."""
+    both = (torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.float32, torch.bfloat16)
+    return both[:1] if quick else both
 
 
 def short(dtype: torch.dtype) -> str:

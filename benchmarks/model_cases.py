@@ -199,6 +199,7 @@ def _case(
         task=task,
         contestants=[Contestant(EAGER, eager), *rivals, ours],
         input_sets=1,
+        recorded=False,
     )
 
 

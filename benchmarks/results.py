@@ -22,6 +22,8 @@ class Row:
         reason: why the row has no time.
         error: the largest error against float64, as a share of what is allowed.
         samples_ms: milliseconds a call, one sample a round. Empty unless the status is ``timed``.
+        replayed: whether the samples are of a CUDA graph's replays: of what the GPU does, without the host's part.
+        as_called_ms: where they are, milliseconds of a call by Python, as soon after the one before as the host can.
         peak_bytes: growth of memory over one call, at its highest; None where it can't be measured.
         launches: kernels that one call starts on a GPU; None on a CPU.
     """
@@ -38,6 +40,8 @@ class Row:
     samples_ms: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     launches: int | None = None
+    replayed: bool = False
+    as_called_ms: float | None = None
 
     @property
     def median_ms(self) -> float | None:

@@ -15,6 +15,7 @@ from .cases import Candidate, Case, Contestant, Inputs, Task
 from .correctness import Outputs, tuple_of
 from .launches import launches
 from .memory import peak_growth
+from .replays import as_called_ms, own_stream, record
 from .results import Result, Row
 from .timing import Call, Plan, by_turns
 
@@ -31,7 +32,8 @@ def run(op: str, candidate: Candidate, plan: Plan, say: Callable[[str], None] = 
 
     Every contestant first computes the first set of inputs, or some where outputs are few, which is compared with
     float64 and compiles whatever compiles; then memory, and on a GPU what is launched, are measured over one call;
-    those that were right are then timed by turns with the ceiling.
+    those that were right are then timed by turns with the ceiling. On a GPU that is the time of replays, where calls
+    can be recorded.
 
     An exception ends the row that it is in, or the case where it is nobody's, and the result says so.
 
@@ -39,7 +41,9 @@ def run(op: str, candidate: Candidate, plan: Plan, say: Callable[[str], None] = 
         ModuleNotFoundError: if building the case needs a package that is not installed.
     """
     try:
-        return _measured(op, candidate.build(), plan, say)
+        case = candidate.build()
+        with own_stream(case.device):
+            return _measured(op, case, plan, say)
     except ModuleNotFoundError:
         raise
     except Exception as error:
@@ -75,22 +79,38 @@ def _measured(op: str, case: Case, plan: Plan, say: Callable[[str], None]) -> Re
     if turns:
         ceiling.call()
         say(f"{case.name}: timing {', '.join(row.contestant for row, _ in turns)}")
-        _time(top, lambda _: ceiling.call(), turns, plan, case.device)
+        _time([(top, lambda _: ceiling.call()), *turns], plan, case)
     dtype = str(case.dtype).removeprefix("torch.")
     return Result(op, case.name, case.shape, dtype, case.growth, seed, top, rows)
 
 
-def _time(top: Row, ceiling: Call, turns: list[tuple[Row, Call]], plan: Plan, device: torch.device) -> None:
+def _time(turns: list[tuple[Row, Call]], plan: Plan, case: Case) -> None:
     """Fills in the samples. A contestant that raises leaves, and the others begin anew: a round is one of all."""
-    while turns:
+    while len(turns) > 1:  # the ceiling is one
         try:
-            samples = by_turns([ceiling, *(call for _, call in turns)], plan, device)
+            calls = [_recorded(row, call, case) for row, call in turns]
+            samples = by_turns([call for call, _ in calls], plan, case.device)
         except _Left:
             turns = [(row, call) for row, call in turns if row.status == "timed"]
         else:
-            for row, of_row in zip((top, *(row for row, _ in turns)), samples):
-                row.samples_ms = of_row
+            for (row, _), (_, count), of_row in zip(turns, calls, samples):
+                row.samples_ms = [sample / count for sample in of_row]
             return
+
+
+def _recorded(row: Row, call: Call, case: Case) -> tuple[Call, int]:
+    """What is timed, and how many calls that is: on a GPU a recording of several, where they can be recorded."""
+    if case.device.type != "cuda" or not case.recorded:
+        return call, 1
+    ms = as_called_ms(call, case.device)
+    try:
+        recording = record(call, case.input_sets, ms, case.device)
+    except (RuntimeError, _Left):  # what has just run can't be recorded, and is timed as it is called
+        row.status, row.reason, recording = "timed", "", None
+    if recording is None:
+        return call, 1
+    row.replayed, row.as_called_ms = True, ms
+    return recording.replay, recording.calls
 
 
 class _Left(Exception):

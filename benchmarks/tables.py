@@ -21,7 +21,7 @@ def result_table(result: Result) -> Table:
     table.add_column("contestant")
     headings = ["ms (quartiles)", "rate", "of ceiling", "ours faster", "memory"]
     if any(row.launches is not None for row in result.rows):
-        headings.append("launches")
+        headings += ["launches", "ms as called"]
     for heading in headings:
         table.add_column(heading, justify="right")
     columns = 1 + len(headings)
@@ -102,6 +102,7 @@ def _cells(result: Result, row: Row) -> list[str]:
         NOTHING if row.ours or row is result.ceiling else _show(result.speed_up(row), times),
         _show(row.peak_bytes, mebibytes),
         _show(row.launches, str),
+        _show(row.as_called_ms, milliseconds),
     ]
 
 

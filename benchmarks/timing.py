@@ -36,18 +36,19 @@ def by_turns(calls: Sequence[Call], plan: Plan, device: torch.device) -> list[li
     The first round finds out how often a turn repeats its call; it counts for those that are a turn by themselves.
     """
     begin = time.perf_counter()
-    firsts = [_turn_ms(call, 0, 1, device) for call in calls]
+    firsts = [turn_ms(call, 0, 1, device) for call in calls]
     repeats = [max(1, math.ceil(TURN_MS / max(first, 1e-6))) for first in firsts]
     samples = [[first] if count == 1 else [] for first, count in zip(firsts, repeats)]
     for round_ in range(1, plan.max_rounds):
         if round_ >= plan.min_rounds and time.perf_counter() - begin > plan.seconds:
             break
         for call, count, sample in zip(calls, repeats, samples):
-            sample.append(_turn_ms(call, round_ * count, count, device))
+            sample.append(turn_ms(call, round_ * count, count, device))
     return samples
 
 
-def _turn_ms(call: Call, first: int, count: int, device: torch.device) -> float:
+def turn_ms(call: Call, first: int, count: int, device: torch.device) -> float:
+    """Milliseconds a call, of ``count`` from the ``first`` set of inputs on."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

@@ -40,14 +40,15 @@ def steps_table(outcomes: Mapping[str, Outcome]) -> str:
 def speed_table(runs: Sequence[Path]) -> str:
     """Each case of those runs that are there; empty without any."""
     rows = [_case(result) for path in runs if path.exists() for result in read(path)["results"]]
-    return aligned(["op", "case", "ours", "over eager", "over best rival", "", "of ceiling"], rows) if rows else ""
+    headings = ["op", "case", "ours", "as called", "over eager", "over best rival", "", "of ceiling"]
+    return aligned(headings, rows) if rows else ""
 
 
 def _case(result: Mapping[str, Any]) -> list[str]:
     ours, rivals = ours_and_rivals(result)
     if ours is None or ours["median_ms"] is None:
         why = "not measured" if ours is None else f"{ours['status']}: {ours['reason'][:60]}"
-        return [result["op"], result["case"], why, "", "", "", ""]
+        return [result["op"], result["case"], why, "", "", "", "", ""]
     best = min(rivals, key=lambda row: row["median_ms"], default=None)
     eager = next((row for row in rivals if row["contestant"].startswith("eager")), None)
     share = ours["share_of_ceiling"]
@@ -55,6 +56,7 @@ def _case(result: Mapping[str, Any]) -> list[str]:
         result["op"],
         result["case"],
         f"{ours['median_ms']:.4g} ms",
+        f"{ours['as_called_ms']:.4g} ms" if ours["replayed"] else "–",
         f"{eager['speed_up_of_ours']:.2f}×" if eager else "–",
         f"{best['speed_up_of_ours']:.2f}×" if best else "–",
         best["contestant"] if best else "",

@@ -15,8 +15,8 @@ from . import reports
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
 
-#: Processes at a time, where most of the work is compiling.
-JOBS = max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // 2)
+#: Processes at a time, where most of the work is compiling. Each holds some gigabytes.
+JOBS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 #: The GANs of their papers and, for its width, a tenth of MuseNet's layers: plain PyTorch has to hold its scores too.
 PUBLISHED = {

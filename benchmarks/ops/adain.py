@@ -9,7 +9,7 @@ import torch
 import gdl_kernels
 from gdl_kernels.ops.adain import reference
 
-from ..cases import COMPILED, EAGER, Case
+from ..cases import COMPILED, EAGER, Case, dtypes
 from ..images import (
     BACKWARD,
     BATCHES,
@@ -37,14 +37,15 @@ IMAGES = 4
 CHANNELS = {16: 512, 32: 512, 64: 256, 128: 128, 256: 64, 512: 32, 1024: 16}
 
 
-def sizes(quick: bool) -> dict[int, int]:
-    return {size: CHANNELS[size] for size in (64,)} if quick else CHANNELS
+def sizes(device: torch.device, quick: bool) -> dict[int, int]:
+    some = (64, 1024) if device.type == "cuda" else (64,)
+    return {size: CHANNELS[size] for size in some} if quick else CHANNELS
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    for size, channels in sizes(quick).items():
+    for size, channels in sizes(device, quick).items():
         image, planes = (IMAGES, channels, size, size), (IMAGES, channels)
-        for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
+        for dtype in dtypes(device, quick):
             for passes in (FORWARD, BACKWARD):
                 yield case(OP, [image, planes, planes], dtype, device, passes, quick=quick)
         if not quick:

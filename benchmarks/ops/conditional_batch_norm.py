@@ -11,7 +11,7 @@ from torch import Tensor
 import gdl_kernels
 from gdl_kernels._backends import Explanation
 
-from ..cases import Case
+from ..cases import Case, dtypes
 from ..images import BACKWARD, FORWARD, TRAINING, ImageOp, case, copies, is_of, pixels
 from ..results import Bar, Result
 from . import adain
@@ -48,7 +48,7 @@ QUICK_SIZES = (SIZES[4],)
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     for passes in (FORWARD, TRAINING) if quick else (FORWARD, BACKWARD, TRAINING):
-        for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
+        for dtype in dtypes(device, quick):
             for images, channels, width in QUICK_SIZES if quick else SIZES:
                 yield case(OP, _shapes(images, channels, width), dtype, device, passes, quick=quick)
     if not quick:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import gdl_kernels
 
-from ..cases import EAGER, Case, Task
+from ..cases import EAGER, Case, Task, dtypes
 from ..ceilings import matrix_product
 from ..images import (
     BATCHES,
@@ -67,9 +67,9 @@ SIZES = {
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     for name, size in SIZES.items():
-        if quick and name != "SAGAN G":
+        if quick and name != ("BigGAN-128 G" if device.type == "cuda" else "SAGAN G"):
             continue
-        for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
+        for dtype in dtypes(device, quick):
             for passes in (FORWARD, TRAINING):
                 yield attention_case(name, size, dtype, device, passes, quick=quick)
     _, channels, value_channels, side = SIZES["SAGAN G"]

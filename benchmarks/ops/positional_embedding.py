@@ -15,7 +15,7 @@ from torch import Tensor
 import gdl_kernels
 from gdl_kernels.ops.positional_embedding import reference
 
-from ..cases import COMPILED, EAGER, OURS, Case, Deferred, Inputs, Task, short
+from ..cases import COMPILED, EAGER, OURS, Case, Deferred, Inputs, Task, dtypes, short
 from ..ceilings import memory_copy
 from ..images import BACKWARD, FORWARD, ROTATED_BYTES, TRAINING, compiles, copies, is_of, over
 from ..passes import Passes
@@ -43,7 +43,7 @@ SIZES = (
 
 def cases(device: torch.device, quick: bool) -> Iterator[Deferred]:
     for passes in (FORWARD, TRAINING) if quick else (FORWARD, BACKWARD, TRAINING):
-        for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
+        for dtype in dtypes(device, quick):
             for size in SIZES[1:2] if quick else SIZES:
                 built = functools.partial(case, size, dtype, device, passes, quick=quick)
                 yield Deferred(_name(size, dtype, passes), built)

@@ -14,7 +14,7 @@ import gdl_kernels
 from gdl_kernels._backends import Explanation
 from gdl_kernels.ops.style_epilogue import reference
 
-from ..cases import COMPILED, EAGER, OURS, Case, Contestant, Function, Inputs, Task
+from ..cases import COMPILED, EAGER, OURS, Case, Contestant, Function, Inputs, Task, dtypes
 from ..ceilings import memory_copy
 from ..images import BACKWARD, FORWARD, ImageOp, case, is_of, over, pixels
 from ..results import Bar, Result
@@ -45,10 +45,10 @@ OP = ImageOp("style_epilogue", _ours, _plain, OPERATIONS, explain=_explain)
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
-    for size, channels in sizes(quick).items():
+    for size, channels in sizes(device, quick).items():
         planes = IMAGES, channels
         shapes = [(*planes, size, size), planes, planes, (IMAGES, 1, size, size), (channels,), (channels,)]
-        for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
+        for dtype in dtypes(device, quick):
             for passes in (FORWARD, BACKWARD):
                 drawn = case(OP, shapes, dtype, device, passes, quick=quick)
                 yield replace(drawn, inputs=functools.partial(_exact, drawn.inputs))

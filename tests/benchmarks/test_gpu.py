@@ -361,7 +361,7 @@ def some_run() -> dict[str, Any]:
     ceiling = Row("product", flops=1e9, bytes=0, samples_ms=[0.5] * 3)
     rows = [row("eager", 4.0), row("flex", 2.0), row("dense", 0.1, yardstick=True), row("gdl_kernels", 1.0, ours=True)]
     wrong = Row("gdl_kernels", 1e9, 0, ours=True, status="wrong", reason="its error is 7 times what is allowed")
-    alone = [row("gdl_kernels", 1.0, ours=True)]
+    alone = [row("gdl_kernels", 1.0, ours=True, replayed=True, as_called_ms=3.0)]
     results = [
         Result("sparse_attention", case, "16", "float32", None, 0, ceiling, of)
         for case, of in (("forward", rows), ("backward", [row("eager", 4.0), wrong]), ("growth", alone))
@@ -384,9 +384,9 @@ def test_speed_is_told_over_eager_and_over_the_best_rival(tmp_path: Path) -> Non
     record.write(other, record.document(results, [], torch.device("cpu"), quick=True, cut_short={}))
     assert reports.measured(other) == "2 cases; 2 failed"
     _headings, forward, backward, growth = speed_table([path, tmp_path / "none.json"]).splitlines()
-    assert forward.split() == ["sparse_attention", "forward", "1", "ms", "4.00×", "2.00×", "flex", "50%"]
+    assert forward.split() == ["sparse_attention", "forward", "1", "ms", "–", "4.00×", "2.00×", "flex", "50%"]
     assert " ".join(backward.split()) == "sparse_attention backward wrong: its error is 7 times what is allowed"
-    assert growth.split() == ["sparse_attention", "growth", "1", "ms", "–", "–", "50%"]
+    assert growth.split() == ["sparse_attention", "growth", "1", "ms", "3", "ms", "–", "–", "50%"]
 
 
 def test_comparisons_are_told_in_a_line(tmp_path: Path) -> None:

@@ -353,16 +353,42 @@ def test_a_cpu_launches_nothing_and_its_table_has_no_such_column() -> None:
     result = run("square", _tiny(Contestant("square", _square)), PLAN)
     assert result.rows[0].launches is None
     assert "launches" not in [column.header for column in result_table(result).columns]
-    result.rows[0].launches = 3
-    table = result_table(result)
-    assert table.columns[-1].header == "launches"
-    assert list(table.columns[-1].cells) == ["–", "3"]
+    result.rows[0].launches, result.rows[0].as_called_ms = 3, 0.5
+    launched, called = result_table(result).columns[-2:]
+    assert [launched.header, *launched.cells] == ["launches", "–", "3"]
+    assert [called.header, *called.cells] == ["ms as called", "–", "0.5"]
 
 
 @pytest.mark.gpu
 def test_launches_are_what_the_gpu_ran() -> None:
     x = torch.randn(16, device="cuda")
     assert launches(lambda: x.sin().cos(), torch.device("cuda")) == 2
+
+
+@pytest.mark.gpu
+def test_what_can_be_recorded_is_timed_as_replays() -> None:
+    def waiting(x: Tensor) -> Tensor:
+        return x * x if x.sum().item() else x
+
+    gpu = torch.device("cuda")
+    contestants = (
+        Contestant("eager", _square),
+        Contestant("waiting", waiting),
+        Contestant("gdl_kernels", lambda x: x**2),
+    )
+    case = dataclasses.replace(
+        _tiny(*contestants),
+        device=gpu,
+        inputs=lambda generator: (torch.randn(FEW, generator=generator, device=gpu),),
+        ceiling=lambda dtype, device: Ceiling("add", lambda: torch.ones(8, device=gpu) + 1, 8.0),
+    )
+    result = run("tiny", case, PLAN)
+    assert [row.replayed for row in (result.ceiling, *result.rows)] == [True, True, False, True]
+    assert all(row.status == "timed" and row.median_ms for row in result.rows)
+    assert all((row.as_called_ms is not None) == row.replayed for row in result.rows)
+    unrecorded = run("tiny", dataclasses.replace(case, recorded=False), PLAN)
+    assert not any(row.replayed for row in unrecorded.rows)
+    torch.randn(3, device=gpu)  # PyTorch's own generator is as it was
 
 
 def test_a_ceiling_of_memory_makes_every_rate_one_of_bytes() -> None:

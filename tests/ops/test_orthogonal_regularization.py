@@ -43,6 +43,7 @@ LISTS = {
         (1, 50), (50, 1), (1, 1),  # one side has nothing off the diagonal
         (96, 104), (96, 104),  # of one shape; rows of 16 bytes
         (130, 150),  # more tiles than one on the GPU, divides nothing
+        (5, 1100),  # more terms than the GPU adds at once
     ],
     "many": [(5, 7)] * 37,  # more than a launch takes addresses
     "large": [(400, 700), (3, 90_001)],  # on half its tiles; too large for a stack

@@ -74,6 +74,7 @@ def case(built: Callable[[], MuseNet], positions: int) -> Case:
         ceiling=memory_read(count, 1),
         growth=(f"decoding, summary {config.summary}, fp32 over positions", positions),
         input_sets=1,  # as in a piece: each token finds weights and cache where the one before it left them
+        recorded=False,
     )
 
 

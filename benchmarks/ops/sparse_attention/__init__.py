@@ -7,30 +7,29 @@ from dataclasses import replace
 
 import torch
 
-from ...cases import Contestant, Deferred
+from ...cases import Contestant, Deferred, dtypes
 from ...results import Bar, Result, curve, exponent
 from . import decode, grid
 from .patterns import causal, local, local_and_every_fourth_block
 from .problem import BACKWARD, EAGER, FLEX, FORWARD, SDPA, TRAINING, Mode, Problem, Size
 
 SIZE = Size(1, 8, 4096, 64)
+#: A GPU would be done with that before the next is launched.
+GPU_SIZE = Size(2, 16, 8192, 128)
 WINDOW = 512
 GROWTH = "forward, local over positions"
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Deferred]:
     """Part by part; a case's name begins with its part's. Quick is a case or a few of each, and none of the grid."""
-    both = torch.float32, torch.bfloat16
-    if device.type == "cuda":
-        both = both[::-1]  # what models use there comes first
-    dtypes = both[:1] if quick else both
+    quick_sizes = (128,) if device.type == "cuda" else (64,)
     for mode in (FORWARD, TRAINING) if quick else (FORWARD, TRAINING, BACKWARD):
-        for block_size in (64,) if quick else (64, 128):
-            for dtype in dtypes:
+        for block_size in quick_sizes if quick else (64, 128):
+            for dtype in dtypes(device, quick):
                 yield case(device, dtype, block_size, mode, quick=quick)
     for mode in (FORWARD,) if quick else (FORWARD, TRAINING):
-        for head_dim in (64,) if quick else (64, 128):
-            for dtype in dtypes:
+        for head_dim in quick_sizes if quick else (64, 128):
+            for dtype in dtypes(device, quick):
                 yield dense_case(device, dtype, mode, head_dim, quick=quick)
     yield from decode.cases(device, quick)
     for positions in (2048, 8192) if quick else (4096, 8192, 16_384, 32_768):
@@ -70,14 +69,16 @@ def case(device: torch.device, dtype: torch.dtype, block_size: int, mode: Mode, 
     """The passes of a mode over a pattern that keeps 22 % of the blocks."""
     pattern = local_and_every_fourth_block(WINDOW, block_size)
     # Every score of eager's training takes seconds: half the positions are a quarter of that.
-    size = replace(SIZE, positions=SIZE.positions // 2) if quick and mode is TRAINING else SIZE
+    size = _size(device)
+    if quick and mode is TRAINING:
+        size = replace(size, positions=size.positions // 2)
     problem = Problem(pattern, size, dtype, block_size, device, mode)
 
     def contestants() -> Iterator[Contestant]:
         if mode is TRAINING or (mode is FORWARD and not quick):
             yield problem.eager()
         if mode is FORWARD or device.type == "cuda":  # on the CPU it has no backward pass
-            yield problem.flex()
+            yield problem.flex(tuned=not quick)
         if not quick:
             yield from problem.sdpa_masked()
         if mode is FORWARD or not quick:
@@ -89,12 +90,15 @@ def case(device: torch.device, dtype: torch.dtype, block_size: int, mode: Mode, 
 
 def dense_case(device: torch.device, dtype: torch.dtype, mode: Mode, head_dim: int, *, quick: bool) -> Deferred:
     """At no sparsity, against the kernel that torch has for just that."""
-    size = Size(SIZE.batch, SIZE.heads, SIZE.positions, head_dim)
-    problem = Problem(causal(), size, dtype, 128, device, mode)
+    problem = Problem(causal(), replace(_size(device), head_dim=head_dim), dtype, 128, device, mode)
     kernels = slice(1) if quick else slice(None)
     return problem.case(
         f"dense causal, {mode.name}, d{head_dim}", lambda: [*problem.sdpa_dense()[kernels], problem.ours()]
     )
+
+
+def _size(device: torch.device) -> Size:
+    return GPU_SIZE if device.type == "cuda" else SIZE
 
 
 def growth_case(device: torch.device, positions: int) -> Deferred:

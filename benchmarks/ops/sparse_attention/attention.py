@@ -50,10 +50,10 @@ def in_chunks(keep: Keep, rows: Tensor | None = None, chunk: int = 128) -> Atten
     return attention
 
 
-def compiled_flex(keep: Keep, layout: Layout) -> Attention:
+def compiled_flex(keep: Keep, layout: Layout, tuned: bool = True) -> Attention:
     """FlexAttention over the blocks of a layout that all heads share; the formula masks the partial ones."""
     # Its CPU template has nothing to tune.
-    mode = "max-autotune-no-cudagraphs" if layout.device.type == "cuda" else None
+    mode = "max-autotune-no-cudagraphs" if tuned and layout.device.type == "cuda" else None
     compiled = torch.compile(flex_attention, dynamic=False, mode=mode)
     return functools.partial(compiled, block_mask=block_mask(keep, layout))
 

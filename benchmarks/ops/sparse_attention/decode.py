@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...cases import Case, Contestant, Deferred, Inputs, Task, short
+from ...cases import Case, Contestant, Deferred, Inputs, Task, dtypes, short
 from ...ceilings import memory_read
 from ...results import Bar, Result, curve, exponent
 from ...sdpa import by_kernel
@@ -49,7 +49,7 @@ STEPS = (ONE, Step(1, 8, 8, 128), Step(8, 8, 8, 64), Step(1, 32, 8, 64))
 def cases(device: torch.device, quick: bool) -> Iterator[Deferred]:
     for step in STEPS[:1] if quick else STEPS:
         for pattern, block_size in (DENSE, LOCAL, FIXED):
-            for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
+            for dtype in dtypes(device, quick):
                 yield case(pattern, block_size, step, CACHED, dtype, device)
 
 

@@ -31,6 +31,10 @@ from .cpu import orientation
 #: Rows and columns of a tile of G, by bytes an element. Not yet timed on any GPU.
 TILE = {4: 64, 2: 128}
 
+#: Terms of a float32 product that are added one after another; then such sums are added, or a long one would lose a
+#: digit. Products of 16 bits have no registers left for that.
+SUMMED_AT_ONCE = tl.constexpr(1024)
+
 #: Addresses that one launch writes to a table.
 ADDRESSES = 16
 
@@ -78,6 +82,21 @@ def _load(base, rows, columns, stride, height, width, TURNED: tl.constexpr):
     return tile
 
 
+@triton.jit
+def _product(
+    base, rows, columns, stride, height, width, first, until, TURNED: tl.constexpr, T: tl.constexpr, STEP: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # Of rows and rows of V, over some of its columns.
+    tile = tl.zeros([T, T], tl.float32)
+    for start in range(first, until, STEP):
+        steps = (start + tl.arange(0, STEP)).to(tl.int32)
+        left = _load(base, rows, steps, stride, height, width, TURNED)
+        right = _load(base, columns, steps, stride, height, width, TURNED)
+        tile = tl.dot(left.to(DOT), tl.trans(right.to(DOT)), tile, input_precision=PRECISION)
+    return tile
+
+
 @triton.jit(do_not_specialize_on_alignment=["partials"])
 def _gram(
     addresses, table, items, partials, tiles,
@@ -90,11 +109,12 @@ def _gram(
     inner = tl.arange(0, T)
     rows, columns = (i * T + inner).to(tl.int32), (j * T + inner).to(tl.int32)
     tile = tl.zeros([T, T], tl.float32)
-    for start in range(0, width, STEP):
-        steps = (start + tl.arange(0, STEP)).to(tl.int32)
-        left = _load(base, rows, steps, stride, height, width, TURNED)
-        right = _load(base, columns, steps, stride, height, width, TURNED)
-        tile = tl.dot(left.to(DOT), tl.trans(right.to(DOT)), tile, input_precision=PRECISION)
+    if DTYPE.primitive_bitwidth == 32:
+        for first in range(0, width, SUMMED_AT_ONCE):
+            until = tl.minimum(first + SUMMED_AT_ONCE, width)
+            tile += _product(base, rows, columns, stride, height, width, first, until, TURNED, T, STEP, DOT, PRECISION)
+    else:
+        tile = _product(base, rows, columns, stride, height, width, 0, width, TURNED, T, STEP, DOT, PRECISION)
     off = rows[:, None] != columns[None, :]
     counted = tl.where(off | (of_rows == 0), tile, 0.0)
     total = tl.sum(counted * counted)
@@ -234,7 +254,7 @@ def _built_in(kernel: str, aligned: bool, size: int) -> Config:
     if kernel == "norms":
         return {"summed": 64, "values": 16 if aligned else 8, "num_warps": num_warps}
     multiplied = {"step": step, "num_stages": 3, "num_warps": num_warps}
-    return multiplied if kernel == "gram" else {"columns": columns, **multiplied}
+    return {**multiplied, "num_warps": 8} if kernel == "gram" else {"columns": columns, **multiplied}
 
 
 def _config(kernel: str, aligned: bool, size: int, device: torch.device) -> Config:
