@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,12 +19,11 @@ import triton.language as tl
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction, create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from benchmarks.dispatch.driver import Driver, launching
 from gdl_kernels import _triton
-from tests.build.triton_target import Target
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
@@ -166,48 +163,40 @@ def test_what_is_warm_is_what_triton_would_find(args: tuple[Any, ...], data: st.
         assert specialization(changed) == specialization(args)
 
 
-class Driver(Target):
-    """A GPU whose launches come here: what was launched, and with what arguments."""
+#: The number of each kernel that was launched, and its arguments.
+Launched = list[tuple[int, tuple[Any, ...]]]
 
-    def __init__(self) -> None:
-        super().__init__(90)
-        self.device, self.launched = 0, list[tuple[int, tuple[Any, ...]]]()
-        functions = itertools.count(1)
-        self.utils = SimpleNamespace(
-            load_binary=lambda *_: ("module", next(functions), 32, 0, 1024),
-            get_device_properties=lambda _: {"max_shared_mem": 2**20},
-        )
 
-    def get_current_device(self) -> int:
-        return self.device
-
-    def launcher_cls(self, _source: Any, _metadata: Any) -> Any:
-        def run(x: int, y: int, z: int, _stream: int, function: int, *rest: Any) -> None:
-            _metadata, launch_metadata, enter, leave, *args = rest
-            for hook in (enter, leave):
-                if hook is not None:
-                    hook(launch_metadata)
-            assert (x, y, z) == (3, 1, 1)
-            self.launched.append((function, tuple(args)))
-
-        return run
+#: The arguments of what went through Triton's own dispatch.
+Dispatched = list[tuple[Any, ...]]
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+def launched() -> Launched:
+    return []
+
+
+@pytest.fixture
+def gpu(launched: Launched, monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    """A GPU that is not there."""
+
+    def launch(x: int, y: int, z: int, _stream: int, function: int, *rest: Any) -> None:
+        _metadata, launch_metadata, enter, leave, *args = rest
+        assert (x, y, z) == (3, 1, 1)
+        for hook in (enter, leave):
+            if hook is not None:
+                hook(launch_metadata)
+        launched.append((function, tuple(args)))
+
     monkeypatch.setattr(_triton, "_variants", {})
     monkeypatch.setattr(copy, "device_caches", type(copy.device_caches)(copy.create_binder))
-    gpu = Driver()
-    driver.set_active(gpu)
-    yield gpu
-    if torch.cuda.is_available():  # without a GPU there is no driver to go back to
-        driver.reset_active()
+    with launching(launch) as gpu:
+        yield gpu
 
 
 @pytest.fixture
-def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """The arguments of what goes through Triton's own dispatch."""
-    seen = []
+def dispatched(monkeypatch: pytest.MonkeyPatch) -> Dispatched:
+    seen: Dispatched = []
     run = JITFunction.run
 
     def spied(self: JITFunction, *args: Any, **options: Any) -> Any:
@@ -222,20 +211,20 @@ def launch(args: tuple[Any, ...], **constants: Any) -> None:
     _triton.launch(copy, 3, CPU, *args, **(CONSTANTS | constants))
 
 
-def test_launches_what_triton_would(gpu: Driver, dispatched: list[tuple[Any, ...]]) -> None:
+def test_launches_what_triton_would(gpu: Driver, launched: Launched, dispatched: Dispatched) -> None:
     """Each kind is compiled when it is first launched. Then it is handed the arguments by the driver alone."""
     cases = [arguments(**changed) for changed in ({}, *OTHERS.values(), *SAME.values())]
     cases = [args for args in cases if not isinstance(args[8], float)]  # copied so, but nothing to compile
     found = {}
     for i, args in enumerate(cases):
         copy[(3,)](*args, **CONSTANTS)
-        found[i] = gpu.launched.pop()
+        found[i] = launched.pop()
     assert len({function for function, _ in found.values()}) > 20
     del dispatched[:]
     for _ in range(2):
         for i, args in enumerate(cases):
             launch(args)
-            assert gpu.launched.pop() == found[i]
+            assert launched.pop() == found[i]
     assert len(dispatched) == len(OTHERS), "each variant goes through Triton's own dispatch once"
 
 
@@ -243,30 +232,32 @@ def test_launches_what_triton_would(gpu: Driver, dispatched: list[tuple[Any, ...
     "constants", [{"WIDTH": 32}, {"DTYPE": tl.float16}, {"num_warps": 1}, {"num_stages": 2}], ids=str
 )
 def test_constants_are_of_the_variant(
-    constants: dict[str, Any], gpu: Driver, dispatched: list[tuple[Any, ...]]
+    constants: dict[str, Any], gpu: Driver, launched: Launched, dispatched: Dispatched
 ) -> None:
     args = arguments()
     for _ in range(2):
         launch(args)
         launch(args, **constants)
     assert len(dispatched) == 2
-    functions = [function for function, _ in gpu.launched]
+    functions = [function for function, _ in launched]
     assert functions[:2] == functions[2:] == [1, 2]
 
 
-def test_devices_are_of_the_variant(gpu: Driver, dispatched: list[tuple[Any, ...]]) -> None:
+def test_devices_are_of_the_variant(gpu: Driver, launched: Launched, dispatched: Dispatched) -> None:
     for device in (0, 1, 0, 1):
         gpu.device = device
         launch(arguments())
     assert len(dispatched) == 2
-    assert [function for function, _ in gpu.launched] == [1, 2, 1, 2]
+    assert [function for function, _ in launched] == [1, 2, 1, 2]
 
 
-def test_options_of_the_process_are_of_the_variant(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_the_process_are_of_the_variant(
+    gpu: Driver, launched: Launched, monkeypatch: pytest.MonkeyPatch
+) -> None:
     launch(arguments())
     monkeypatch.setattr(knobs.runtime, "debug", True)
     launch(arguments())
-    assert [function for function, _ in gpu.launched] == [1, 2]
+    assert [function for function, _ in launched] == [1, 2]
 
 
 def test_hooks_are_called(gpu: Driver) -> None:
@@ -295,19 +286,19 @@ def test_observers_see_warm_launches(gpu: Driver, monkeypatch: pytest.MonkeyPatc
     assert seen[0].name == "copy"
 
 
-def test_types_that_are_not_known_go_through_triton(gpu: Driver, dispatched: list[tuple[Any, ...]]) -> None:
+def test_types_that_are_not_known_go_through_triton(gpu: Driver, dispatched: Dispatched) -> None:
     for number in (True, False):
         launch(arguments(number=number))
     assert len(dispatched) == 2
 
 
 def test_other_tritons_find_their_kernels_themselves(
-    gpu: Driver, dispatched: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+    gpu: Driver, launched: Launched, dispatched: Dispatched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_triton, "_KNOWN", False)
     for _ in range(2):
         launch(arguments())
-    assert len(dispatched) == len(gpu.launched) == 2
+    assert len(dispatched) == len(launched) == 2
 
 
 def test_another_current_device_is_the_tensors_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
