@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import gdl_kernels
 from gdl_kernels import _backends, _native, conditional_batch_norm
@@ -235,6 +236,42 @@ def test_gains_in_another_dtype(kernel: Kernel, parameters: torch.dtype) -> None
     check(tensors, random((3, 5, 4, 4), torch.float16, device), backend)
 
 
+@for_each_mode
+@for_each_kernel
+def test_gains_and_biases_lie_anywhere(kernel: Kernel, training: bool) -> None:
+    """As columns of one product, as one row for all samples, and with samples next to each other."""
+    backend, device = kernel
+    shape = (3, 5, 4, 4)
+    x, _, _, mean, var = case(shape, torch.float32, device)
+    product = random((3, 20), torch.float32, device)
+    grad, v = (random(shape, torch.float32, device) for _ in range(2))
+    row = random((1, 5), torch.float32, device)
+
+    def gradients(gain: Tensor, bias: Tensor, v_gain: Tensor, v_bias: Tensor) -> list[Tensor]:
+        y, statistics = op.forward(x, gain, bias, *(() if training else (mean, var)) or (None, None), 1e-5, "", backend)
+        call = grad, x, gain, statistics, training, 1e-5, "", backend
+        return [y, *op.backward(*call), *op.double_backward(v, v_gain, v_bias, *call)]
+
+    given = [product[:, 5:10], row.expand(3, 5), product[:, 10:15], product[:, 15:].T.contiguous().T]
+    for found, expected in zip(gradients(*given), gradients(*(t.contiguous() for t in given))):
+        assert torch.equal(found, expected)
+
+
+@for_each_kernel
+def test_evaluation_with_statistics_of_another_dtype_and_strides(kernel: Kernel) -> None:
+    backend, device = kernel
+    tensors = case((3, 5, 4, 4), torch.float32, device)
+    mean, var = torch.stack(tensors[3:]).bfloat16().T.contiguous().T  # strides of 2
+    grad = random((3, 5, 4, 4), torch.float32, device)
+    x, gain, bias, *_ = tensors
+    found = []
+    for statistics in ((mean, var), (mean.float().contiguous(), var.float().contiguous())):
+        wanted = [t.clone().requires_grad_() for t in (x, gain, bias)]
+        y = conditional_batch_norm(*wanted, *statistics, training=False, backend=backend)
+        found.append([y.detach(), *torch.autograd.grad(y, wanted, grad)])
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @for_each_kernel
 def test_output_is_laid_out_like_the_input(kernel: Kernel, memory_format: torch.memory_format) -> None:
@@ -295,15 +332,31 @@ def test_more_than_2_to_the_31_elements(memory: str) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0), (0, 0)], ids=str)
 @for_each_mode
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_empty(backend: str, shape: tuple[int, ...], training: bool) -> None:
-    tensors = case(shape, torch.float32)
+@pytest.mark.parametrize("kernel", [*KERNELS, pytest.param(("reference", "cpu"), id="reference")])
+def test_empty(kernel: Kernel, shape: tuple[int, ...], training: bool) -> None:
+    backend, device = kernel
+    tensors = case(shape, torch.float32, device)
     y, dx, dgain, dbias, mean, var = run(tensors, tensors[0], backend, training)
     assert y.shape == dx.shape == shape
     assert not dgain.any()
     assert not dbias.any()
     assert torch.equal(mean, tensors[3])  # as torch's batch norm leaves them
     assert torch.equal(var, tensors[4])
+    cotangents = [random(s, torch.float32, device) for s in (shape, shape, shape[:2], shape[:2])]
+    assert not second(tensors, cotangents, backend, training)["of gain"].any()
+
+
+@for_each_mode
+@for_each_kernel
+def test_statistics_of_empty_batches(kernel: Kernel, training: bool) -> None:
+    backend, device = kernel
+    x, gain, bias, mean, var = case((0, 3, 4, 4), torch.float32, device)
+    given = (None, None) if training else (mean, var)
+    for ours, plain in zip(
+        op.forward(x, gain, bias, *given, 1e-5, "", backend),
+        reference.conditional_batch_norm(x, gain, bias, *given, 1e-5, ""),
+    ):
+        torch.testing.assert_close(ours, plain)
 
 
 @pytest.mark.parametrize("bad", [torch.inf] if INTERPRETING else [torch.nan, torch.inf, -torch.inf])
@@ -367,6 +420,39 @@ def test_second_gradients_of_each_dtype(
     exact = second(double(tensors), double(cotangents), "reference", training)
     for what in ours:
         assert_accurate(ours[what], plain[what], exact[what], what=what, ulps=16)
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if kernel.id == "triton"])
+def test_parts_that_are_added_one_at_a_time(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many more would be by as many at a time as there are by default."""
+    from gdl_kernels.ops.conditional_batch_norm.triton import kernels
+
+    monkeypatch.setitem(kernels.CONFIGS, "merge", {"parts": 1, "channels": 2, "num_warps": 4})
+    backend, device = kernel
+    shape = (2, 3, 70, 65)
+    tensors = case(shape, torch.float32, device)
+    tensors[0] = channels_last(tensors[0])  # whose pixels more programs share
+    cotangents = [random(s, torch.float32, device) for s in (shape, shape, shape[:2], shape[:2])]
+    check(tensors, cotangents[0], backend)
+    ours, plain = (second(tensors, cotangents, b, True) for b in (backend, "reference"))
+    exact = second(double(tensors), double(cotangents), "reference", True)
+    for what in ours:
+        assert_accurate(ours[what], plain[what], exact[what], what=what, ulps=16)
+
+
+@for_each_kernel
+def test_a_backward_that_is_differentiated_runs_once(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The statistics went to it, through which the forward pass hears of a gradient: of nothing."""
+    backend, device = kernel
+    tensors = case((2, 3, 4, 4), torch.float32, device)
+    x, gain, bias = (t.requires_grad_() for t in tensors[:3])
+    y = conditional_batch_norm(x, gain, bias, None, None, training=True, backend=backend)
+    calls: list[tuple[Any, ...]] = []
+    run_backward = op.backward
+    monkeypatch.setattr(op, "backward", lambda *args: calls.append(args) or run_backward(*args))
+    (dx,) = torch.autograd.grad(y, x, torch.randn_like(y), create_graph=True)
+    torch.autograd.grad(dx.square().sum(), [x, gain])
+    assert len(calls) == 1
 
 
 @pytest.mark.skipif(INTERPRETING, reason="the C++ kernels read numbers of planes by themselves")
@@ -490,7 +576,8 @@ def test_running_statistics_of_inference_mode_move_in_it_alone(backend: str) -> 
 def test_a_mode_sees_that_running_statistics_move(backend: str) -> None:
     class Seen(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            changed.update(id(args[0]) for argument in func._schema.arguments[:1] if argument.is_write)
+            if any(argument.is_write for argument in func._schema.arguments[:1]):
+                changed.update(map(id, tree_leaves(args[0])))
             return func(*args, **(kwargs or {}))
 
     x, gain, bias, mean, var = case((3, 4, 5, 5), torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,9 @@ pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo"
 )
 
+#: Ranks run its kernels in the interpreter.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 #: Samples of each rank.
 SPLITS = {"equal": (3, 3), "unequal": (5, 2), "one has none": (4, 0), "one value each": (1, 1)}
 
@@ -27,9 +31,10 @@ CASES = [
     for split in SPLITS
     for spatial in ((), (3, 2))
     if split == "one value each" or spatial
-    for backend in ("reference", "cpu")
+    for backend in ("reference", "cpu", *["triton"] * HAS_TRITON)
     for dtype in (torch.float64, torch.float32)
     if split != "one value each" or dtype == torch.float64  # dx is what is left of g - g
+    if backend != "triton" or dtype == torch.float32
 ]
 
 TERMS = ["y", "x", "gain", "bias", "grad", "x twice", "gain twice", "third", "running mean", "running var"]
@@ -96,7 +101,9 @@ def _trained(group: Any, rank: int) -> list[Tensor]:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[Tensor]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.start_processes(_rank, args=(str(folder),), nprocs=2, start_method="spawn")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")  # which triton reads when it is imported
+        multiprocessing.start_processes(_rank, args=(str(folder),), nprocs=2, start_method="spawn")
     return [torch.load(Path(folder, f"{rank}.pt")) for rank in range(2)]
 
 

@@ -86,11 +86,14 @@ def conditional_batch_norm(
 
 
 def _move(running_mean: Tensor, running_var: Tensor, statistics: Tensor, momentum: float | Tensor) -> None:
+    running = [running_mean, running_var]
     with torch.no_grad():
         mean, _, unbiased_var = statistics.unbind()
-        for running, batch in ((running_mean, mean), (running_var, unbiased_var)):
-            weight = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
-            running.lerp_(to_dtype(batch, running.dtype), weight)
+        batch = [to_dtype(to, t.dtype) for t, to in zip(running, (mean, unbiased_var))]
+        if isinstance(momentum, Tensor):
+            torch._foreach_lerp_(running, batch, [momentum.to(t.dtype) for t in running])
+        else:
+            torch._foreach_lerp_(running, batch, momentum)
 
 
 @op.choices.serving

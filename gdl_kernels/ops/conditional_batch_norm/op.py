@@ -53,12 +53,18 @@ def _second_gradients(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, gain, _bias, mean, _var, *ctx.call = inputs
     ctx.training = mean is None
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, gain, output[1])
 
 
-def _gradient(ctx: Any, grad: Tensor, _grad_statistics: Tensor) -> tuple[Any, ...]:
-    """The statistics are a function of ``x``: what they pass on is in its gradient, and nobody else takes theirs."""
-    gradients = backward(grad, *ctx.saved_tensors, ctx.training, *ctx.call)
+def _gradient(ctx: Any, grad: Tensor | None, _grad_statistics: None) -> tuple[Any, ...]:
+    """The statistics are a function of ``x``: what they pass on is in its gradient, and nobody else takes theirs.
+
+    ``y`` has no gradient where the backward pass is differentiated, to which the statistics went, and not ``y``.
+    """
+    gradients: tuple[Tensor | None, ...] = (None, None, None)
+    if grad is not None:
+        gradients = backward(grad, *ctx.saved_tensors, ctx.training, *ctx.call)
     return *gradients, None, None, *[None] * len(ctx.call)
 
 

@@ -30,7 +30,7 @@ def _resolve(group: str) -> Any:
     return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]  # a str to everyone
 
 
-def merge_moments(count: int, moments: Tensor, group: str) -> tuple[int | Tensor, Tensor]:
+def merge_moments(count: int, moments: Tensor, group: str) -> tuple[Tensor, Tensor]:
     """Values a channel, and ``(2, C)``: their mean and their sum of squares about it, over all ranks, in float64.
 
     Args:
@@ -38,8 +38,6 @@ def merge_moments(count: int, moments: Tensor, group: str) -> tuple[int | Tensor
         moments: the same of this rank, 0 where there are no values.
     """
     moments = to_dtype(moments, torch.float64)
-    if not group:
-        return count, moments
     process_group = _resolve(group)
     mine = torch.cat([moments.flatten(), moments.new_full((1,), count)])
     parts = [torch.empty_like(mine) for _ in range(process_group.size())]
@@ -58,12 +56,10 @@ def sum_up(count: int, sums: Tensor, group: str) -> tuple[Tensor, Tensor]:
     return packed[-1], packed[:-1].view_as(sums)
 
 
-def mean(sums: Tensor, count: int, group: str) -> Tensor:
-    """The sums of all ranks over the number of their values a channel, of which this rank has ``count``."""
-    if not group:
-        return sums / max(count, 1)
-    total, of_all = sum_up(count, sums, group)
-    return (of_all / total.clamp(min=1)).to(sums.dtype)
+def mean(means: Tensor, count: int, group: str) -> Tensor:
+    """The means over the values of all ranks, of those over the values of each, of which this rank has ``count``."""
+    total, sums = sum_up(count, means.double() * count, group)
+    return (sums / total.clamp(min=1)).to(means.dtype)
 
 
 class _SumOverRanks(torch.autograd.Function):

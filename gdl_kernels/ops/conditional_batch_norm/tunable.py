@@ -19,6 +19,6 @@ KERNELS = {
     "double_sums": Tunable(_KEYS, {"values": (4, 8), **_SPLIT}),
     # ``terms``: tensors that are read.
     "combine": Tunable((*_KEYS, "terms"), {"values": (4, 8, 16), **_TILE}),
-    # ``parts``: what is merged, as a power of two up to 512; in a configuration, how many at a time.
+    # Of moments and of sums. ``parts``: how many, as a power of two up to 512; in a configuration, how many at a time.
     "merge": Tunable(("parts",), {"parts": (32, 64, 128), "channels": (8, 16), "num_warps": (4, 8)}),
 }

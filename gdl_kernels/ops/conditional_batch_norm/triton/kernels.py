@@ -1,9 +1,9 @@
-"""The kernels of conditional batch norm on the GPU, in Triton: three, of which all its derivatives are made.
+"""The passes of conditional batch norm on the GPU, in Triton: three kernels, of which all its derivatives are made.
 
 A tile is channels by pixels. Images lie planar or channels last by their strides alone: one of them is 1, for which
 Triton compiles a variant, and along that dimension threads load neighbouring numbers. Sums run over a tile's pixels. A
-program walks tiles of one image and writes its part of the sums; parts are added in one order, so that results are the
-same every run.
+program walks tiles of one image and writes its part of the sums; parts are added in one order (``between``), so that
+results are the same every run.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .... import _images, _tuned
-from ...._triton import capability, launch
+from ...._images import Lines
+from ...._triton import capability, ceil_div, launch, power_of_two
 from ...._tuned import Config
 
 #: A tensor and its weights, ``(N, C)`` or ``(C,)``.
-Term = tuple[Tensor, Tensor]
+Term = tuple[Lines, Tensor]
 
 #: How each kernel is launched where no table says otherwise; see ``tunable.py``. A thread loads 16 values of each
 #: tensor, in four instructions of 16 bytes for float32; of three tensors 8, for on sm_80 so many would spill. Where
@@ -40,6 +41,11 @@ CONFIGS: dict[str, Config] = {
 def _tile(x_ptr, n, stride_n, stride_c, stride_p, channel, pixel, keep):
     offset = channel.to(tl.int64)[:, None] * stride_c + pixel.to(tl.int64)[None, :] * stride_p
     return tl.load(x_ptr + n.to(tl.int64) * stride_n + offset, mask=keep, other=0).to(tl.float32)  # [BC, BP]
+
+
+@triton.jit
+def inverse_root(x):
+    return tl.div_rn(tl.full(x.shape, 1, tl.float32), tl.sqrt_rn(x))
 
 
 @triton.jit
@@ -85,41 +91,11 @@ def _moments(
 
 
 @triton.jit
-def _merge(parts_ptr, out_ptr, n_parts, step, channels, BR: tl.constexpr, BC: tl.constexpr):
-    # out [2, C]: mean, sum of squares about it. Here means are less the first part's shift.
-    channel = tl.program_id(0) * BC + tl.arange(0, BC)
-    keep_channel = channel < channels
-    first = tl.load(parts_ptr + step + channel, mask=keep_channel, other=0)
-    count = tl.zeros([BC], tl.float32)
-    mean = tl.zeros([BC], tl.float32)
-    squares = tl.zeros([BC], tl.float32)
-    for start in range(0, n_parts, BR):
-        part = start + tl.arange(0, BR)
-        keep = keep_channel[:, None] & (part < n_parts)[None, :]
-        at = parts_ptr + part.to(tl.int64)[None, :] * channels + channel[:, None]
-        counts = tl.load(at, mask=keep, other=0)  # [BC, BR]
-        means = tl.load(at + step, mask=keep, other=0) - first[:, None] + tl.load(at + 2 * step, mask=keep, other=0)
-        size = tl.sum(counts, 1)
-        total = count + size
-        here = tl.sum(counts * means, 1) / tl.maximum(size, 1)
-        apart = means - here[:, None]
-        delta = here - mean
-        share = size / tl.maximum(total, 1)
-        squares += tl.sum(tl.load(at + 3 * step, mask=keep, other=0) + counts * apart * apart, 1)
-        squares += delta * delta * count * share
-        mean += delta * share
-        count = total
-    tl.store(out_ptr + channel, first + mean, mask=keep_channel)
-    tl.store(out_ptr + channels + channel, squares, mask=keep_channel)
-
-
-@triton.jit
 def _sums(
     v_ptr, grad_ptr, x_ptr, mean_ptr, parts_ptr, step, channels, pixels, splits, tiles_a_split,
-    v_n, v_c, v_p, grad_n, grad_c, grad_p, x_n, x_c, x_p,
-    HAS_V: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    v_n, v_c, v_p, grad_n, grad_c, grad_p, x_n, x_c, x_p, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    # parts [2 or 5, parts, C]: of grad, grad (x - mean), v, v (x - mean), v grad.
+    # parts [2, parts, C], with v [5, parts, C], in steps of step: of grad, grad (x - mean), v, v (x - mean), v grad.
     n, channel, split = _program(channels, splits, BC)
     keep_channel = channel < channels
     mean = tl.load(mean_ptr + channel, mask=keep_channel, other=0)
@@ -135,7 +111,7 @@ def _sums(
         grad = _tile(grad_ptr, n, grad_n, grad_c, grad_p, channel, pixel, keep)
         s_g += tl.sum(grad, 1)
         s_gx += tl.sum(grad * x, 1)
-        if HAS_V:
+        if v_ptr is not None:
             v = _tile(v_ptr, n, v_n, v_c, v_p, channel, pixel, keep)
             s_v += tl.sum(v, 1)
             s_vx += tl.sum(v * x, 1)
@@ -143,7 +119,7 @@ def _sums(
     part = parts_ptr + (n * splits + split).to(tl.int64) * channels + channel
     tl.store(part, s_g, mask=keep_channel)
     tl.store(part + step, s_gx, mask=keep_channel)
-    if HAS_V:
+    if v_ptr is not None:
         tl.store(part + 2 * step, s_v, mask=keep_channel)
         tl.store(part + 3 * step, s_vx, mask=keep_channel)
         tl.store(part + 4 * step, s_vg, mask=keep_channel)
@@ -151,31 +127,43 @@ def _sums(
 
 @triton.jit
 def _plane(ptr, n, image, channel, keep):
-    return tl.load(ptr + n.to(tl.int64) * image + channel, mask=keep, other=0)[:, None]  # [BC, 1]
+    return tl.load(ptr + n.to(tl.int64) * image + channel, mask=keep, other=0).to(tl.float32)  # [BC]
 
 
 @triton.jit
 def _combine(
-    a_ptr, b_ptr, x_ptr, out_ptr, a_weight, b_weight, x_weight, offset_ptr, mean_ptr,
+    a_ptr, b_ptr, x_ptr, out_ptr, a_weight, b_weight, x_weight, offset_ptr, statistics_ptr, mean_ptr, var_ptr, eps,
     a_image, b_image, x_image, offset_image, channels, pixels, tiles,
-    a_n, a_c, a_p, b_n, b_c, b_p, x_n, x_c, x_p, out_n, out_c, out_p,
-    HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_X: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    a_n, a_c, a_p, b_n, b_c, b_p, x_n, x_c, x_p, out_n, out_c, out_p, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
+    # rstd (a_weight a + b_weight b + x_weight (x - mean)) + offset, of which any may be None.
     n, channel, tile = _program(channels, tiles, BC)
     pixel = tile * BP + tl.arange(0, BP)
     keep_channel = channel < channels
     keep = keep_channel[:, None] & (pixel < pixels)[None, :]
-    out = tl.zeros([BC, BP], tl.float32) + _plane(offset_ptr, n, offset_image, channel, keep_channel)
-    if HAS_A:
-        a = _tile(a_ptr, n, a_n, a_c, a_p, channel, pixel, keep)
-        out += _plane(a_weight, n, a_image, channel, keep_channel) * a
-    if HAS_B:
-        b = _tile(b_ptr, n, b_n, b_c, b_p, channel, pixel, keep)
-        out += _plane(b_weight, n, b_image, channel, keep_channel) * b
-    if HAS_X:
-        x = _tile(x_ptr, n, x_n, x_c, x_p, channel, pixel, keep)
-        x -= tl.load(mean_ptr + channel, mask=keep_channel, other=0)[:, None]
-        out += _plane(x_weight, n, x_image, channel, keep_channel) * x
+    if var_ptr is None:
+        mean = tl.load(statistics_ptr + channel, mask=keep_channel, other=0)
+        rstd = tl.load(statistics_ptr + channels + channel, mask=keep_channel, other=0)
+    else:  # no kernel has been here: one program of a channel writes its statistics too
+        mean = tl.load(mean_ptr + channel, mask=keep_channel, other=0).to(tl.float32)
+        var = tl.load(var_ptr + channel, mask=keep_channel, other=0).to(tl.float32)
+        rstd = inverse_root(var + eps)
+        first = keep_channel & (n == 0) & (tile == 0)
+        tl.store(statistics_ptr + channel, mean, mask=first)
+        tl.store(statistics_ptr + channels + channel, rstd, mask=first)
+        tl.store(statistics_ptr + 2 * channels + channel, var, mask=first)
+    out = tl.zeros([BC, BP], tl.float32)
+    if offset_ptr is not None:
+        out += _plane(offset_ptr, n, offset_image, channel, keep_channel)[:, None]
+    if a_ptr is not None:
+        weight = rstd * _plane(a_weight, n, a_image, channel, keep_channel)
+        out += weight[:, None] * _tile(a_ptr, n, a_n, a_c, a_p, channel, pixel, keep)
+    if b_ptr is not None:
+        weight = rstd * _plane(b_weight, n, b_image, channel, keep_channel)
+        out += weight[:, None] * _tile(b_ptr, n, b_n, b_c, b_p, channel, pixel, keep)
+    if x_ptr is not None:
+        weight = rstd * _plane(x_weight, n, x_image, channel, keep_channel)
+        out += weight[:, None] * (_tile(x_ptr, n, x_n, x_c, x_p, channel, pixel, keep) - mean[:, None])
     place = channel.to(tl.int64)[:, None] * out_c + pixel.to(tl.int64)[None, :] * out_p
     tl.store(out_ptr + n.to(tl.int64) * out_n + place, out.to(out_ptr.dtype.element_ty), mask=keep)
 
@@ -199,85 +187,104 @@ class _Grid(NamedTuple):
 # The launchers: images are in lines for ``last`` (see gdl_kernels/_images.py), and not empty.
 
 
-def moments(x: Tensor, last: bool) -> Tensor:
-    """``(2, C)``: each channel's mean over samples and pixels, sum of squares about it."""
-    n, channels, pixels = _images.shape(x)
-    grid = _grid("moments", x, last)
-    n_parts, step = n * grid.splits, n * grid.splits * channels
-    parts = torch.empty(4, n_parts, channels, dtype=torch.float32, device=x.device)
-    out = torch.empty(2, channels, dtype=torch.float32, device=x.device)
+def moments(x: Lines, last: bool) -> Tensor:
+    """``(4, N, splits, C)``: parts of each channel's moments, see ``_moments``."""
+    n, channels, pixels = _images.shape(x.tensor)
+    grid = _grid("moments", x.tensor, last)
+    parts = x.tensor.new_empty(4, n, grid.splits, channels, dtype=torch.float32)
     launch(
-        _moments, grid.programs, x.device, x, parts, step, channels, pixels, grid.splits, grid.tiles_a_split,
+        _moments, grid.programs, parts.device, x.tensor, parts, parts.stride(0), channels, pixels, grid.splits,
+        grid.tiles_a_split, *_strides(x, last), **grid.constants,
+    )  # fmt: skip
+    return parts
+
+
+def sums(v: Lines | None, grad: Lines, x: Lines, statistics: Tensor, last: bool) -> Tensor:
+    """``(2, N, splits, C)``: parts of sums of grad, grad (x - mean). With ``v`` 5: also of v, v (x - mean), v grad."""
+    n, channels, pixels = _images.shape(x.tensor)
+    grid = _grid("sums" if v is None else "double_sums", x.tensor, last)
+    parts = statistics.new_empty(2 if v is None else 5, n, grid.splits, channels)
+    launch(
+        _sums, grid.programs, parts.device, _tensor(v), grad.tensor, x.tensor, statistics, parts, parts.stride(0),
+        channels, pixels, grid.splits, grid.tiles_a_split, *_strides(v, last), *_strides(grad, last),
         *_strides(x, last), **grid.constants,
     )  # fmt: skip
-    config = _config("merge", x.device, min(triton.next_power_of_2(n_parts), 512))
-    launch(
-        _merge, triton.cdiv(channels, config["channels"]), x.device, parts, out, n_parts, step, channels,
-        BR=config["parts"], BC=config["channels"], num_warps=config["num_warps"],
-    )  # fmt: skip
-    return out
+    return parts
 
 
-def sums(v: Tensor | None, grad: Tensor, x: Tensor, mean: Tensor, last: bool) -> Tensor:
-    """``(2, N, C)``: sums of grad, grad (x - mean). With ``v`` ``(5, N, C)``: also of v, v (x - mean), v grad."""
-    n, channels, pixels = _images.shape(x)
-    grid = _grid("sums" if v is None else "double_sums", x, last)
-    n_parts, count = n * grid.splits, 2 if v is None else 5
-    parts = torch.empty(count, n_parts, channels, dtype=torch.float32, device=x.device)
-    strides = [s for t in (grad if v is None else v, grad, x) for s in _strides(t, last)]
-    launch(
-        _sums, grid.programs, x.device, grad if v is None else v, grad, x, mean, parts, n_parts * channels, channels,
-        pixels, grid.splits, grid.tiles_a_split, *strides, HAS_V=v is not None, **grid.constants,
-    )  # fmt: skip
-    return parts if grid.splits == 1 else parts.view(count, n, grid.splits, channels).sum(2)
+def combine(
+    out: Tensor,
+    others: Sequence[Term],
+    x: Term | None,
+    offset: Tensor | None,
+    statistics: Tensor,
+    last: bool,
+    given: tuple[Tensor, Tensor, float] | None = None,
+) -> None:
+    """The sum of weight * tensor over ``others`` and of weight * (x - mean), times rstd, and ``offset``.
 
-
-def combine(out: Tensor, others: Sequence[Term], x: Term | None, mean: Tensor, offset: Tensor, last: bool) -> None:
-    """The sum of weight * tensor over ``others``, of weight * (x - mean), and of ``offset``."""
+    Args:
+        offset: ``(N, C)`` or ``(C,)``; None is 0.
+        statistics: ``(3, C)``, mean and rstd first.
+        given: mean, variance and eps, of which ``statistics`` are written.
+    """
     _, channels, pixels = _images.shape(out)
     grid = _grid("combine", out, last, len(others) + (x is not None))
-    unused = out, mean
-    terms = [*others, *[unused] * (2 - len(others)), x or unused]
-    weights = [weight.contiguous() for weight in (*(weight for _, weight in terms), offset)]
-    strides = [s for t in (*(t for t, _ in terms), out) for s in _strides(t, last)]
+    terms: list[Term | tuple[None, None]] = [*others, *[(None, None)] * (2 - len(others)), x or (None, None)]
+    weights = [rows(weight) for weight in (*(weight for _, weight in terms), offset)]
+    mean, var, eps = given or (None, None, 0.0)
+    strides = [stride for t in (*(t for t, _ in terms), _images.lines(out, last)) for stride in _strides(t, last)]
     launch(
         _combine, grid.programs, out.device,
-        *(t for t, _ in terms), out, *weights, mean, *(w.shape[1] if w.dim() == 2 else 0 for w in weights),
-        channels, pixels, grid.splits, *strides,
-        HAS_A=len(others) > 0, HAS_B=len(others) > 1, HAS_X=x is not None, **grid.constants,
+        *(_tensor(t) for t, _ in terms), out, *(weight for weight, _ in weights), statistics, mean, var, eps,
+        *(image for _, image in weights), channels, pixels, grid.splits, *strides, **grid.constants,
     )  # fmt: skip
 
 
-def _config(kernel: str, device: torch.device, *key: int) -> Config:
+def rows(weight: Tensor | None) -> tuple[Tensor | None, int]:
+    """Numbers of planes or of channels, channels next to each other, and the stride from image to image."""
+    if weight is None or weight.dim() == 1:
+        return weight, 0
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
+    return weight, weight.stride(0)
+
+
+def _tensor(x: Lines | None) -> Tensor | None:
+    return None if x is None else x.tensor
+
+
+def configuration(kernel: str, device: torch.device, *key: int) -> Config:
     return _tuned.configuration(capability(device), "conditional_batch_norm", kernel, key, CONFIGS[kernel])
 
 
 def _grid(kernel: str, x: Tensor, last: bool, *more_key: int) -> _Grid:
     """How to cut an image: among as many programs as the kernel's configuration wants, or a tile to each."""
     n, channels, pixels = _images.shape(x)
-    key = min(triton.next_power_of_2(pixels), 4096), int(last), x.element_size(), *more_key
-    config = _config(kernel, x.device, *key)
+    key = min(power_of_two(pixels), 4096), int(last), x.element_size(), *more_key
+    config = configuration(kernel, x.device, *key)
     num_warps = config["num_warps"]
     tile = 32 * num_warps * config["values"]
     if last:
-        bc = min(triton.next_power_of_2(channels), config["channels"])
-        bp = min(triton.next_power_of_2(pixels), tile // bc)
+        bc = min(power_of_two(channels), config["channels"])
+        bp = min(power_of_two(pixels), tile // bc)
     else:
-        bp = min(triton.next_power_of_2(pixels), tile)
-        bc = min(triton.next_power_of_2(channels), tile // bp)
-    planes, tiles = n * triton.cdiv(channels, bc), triton.cdiv(pixels, bp)
+        bp = min(power_of_two(pixels), tile)
+        bc = min(power_of_two(channels), tile // bp)
+    planes, tiles = n * ceil_div(channels, bc), ceil_div(pixels, bp)
     wanted = tiles
     if "programs" in config:
-        wanted = min(tiles, triton.cdiv(config["programs"] * _multiprocessors(x.device), planes))
-    tiles_a_split = triton.cdiv(tiles, wanted)
-    splits = triton.cdiv(tiles, tiles_a_split)
+        wanted = min(tiles, ceil_div(config["programs"] * _multiprocessors(x.device), planes))
+    tiles_a_split = ceil_div(tiles, wanted)
+    splits = ceil_div(tiles, tiles_a_split)
     return _Grid(planes * splits, splits, tiles_a_split, {"BP": bp, "BC": bc, "num_warps": num_warps})
 
 
-def _strides(x: Tensor, last: bool) -> tuple[int, int, int]:
+def _strides(x: Lines | None, last: bool) -> tuple[int, int, int]:
     """From image to image, from channel to channel, from pixel to pixel."""
-    lines = _images.lines(x, last)
-    return (lines.image, 1, lines.line) if last else (lines.image, lines.line, 1)
+    if x is None:
+        return 0, 0, 0
+    return (x.image, 1, x.line) if last else (x.image, x.line, 1)
 
 
 @functools.cache

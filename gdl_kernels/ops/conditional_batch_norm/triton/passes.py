@@ -1,7 +1,7 @@
-"""The passes over memory that each op makes, and the small sums between them.
+"""The passes over memory that each op makes, and what lies between them.
 
-A pass is one of the three kernels. Between them there are numbers for each plane ``(N, C)`` and for each channel
-``(C,)``, in plain PyTorch, and with a process group one collective. ``xhat = (x - mean) * rstd``; ``m(t)`` is a
+A pass is one of the three of ``kernels``. Between two of them ``between`` makes numbers of planes ``(N, C)`` and
+of channels ``(C,)``, and with a process group there is one collective. ``xhat = (x - mean) * rstd``; ``m(t)`` is a
 channel's mean, over all ranks. On the CPU csrc/cpu/conditional_batch_norm.cpp does the same.
 """
 
@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from .... import _images
-from ...._arguments import to_dtype
 from .. import ranks
-from . import kernels
+from . import between, kernels
 
 
 def forward(
@@ -23,24 +22,30 @@ def forward(
     var: Tensor | None, eps: float, group: str, backend: str,
 ) -> None:  # fmt: skip
     y, statistics = out
-    wide, last = statistics.dtype, _images.channels_last(y)
-    x = _images.lines(x, last).tensor
+    last = _images.channels_last(y)
+    lines = _images.lines(x, last)
+    given = None
     if mean is None or var is None:
-        moments = kernels.moments(x, last) if x.numel() else statistics.new_zeros(2, x.shape[1])
-        count, (mean, squares) = ranks.merge_moments(values_per_channel(x), moments, group)
-        if isinstance(count, Tensor):
-            var, unbiased_var = squares / count.clamp(min=1), squares / (count - 1).clamp(min=1)
-        else:
-            var, unbiased_var = squares / max(count, 1), squares / max(count - 1, 1)
+        parts = kernels.moments(lines, last) if x.numel() else statistics.new_empty(4, 0, 1, x.shape[1])
+        between.merge(parts, statistics, eps)
+        if group:
+            _over_ranks(statistics, values_per_channel(x), eps, group)
+    elif x.numel():
+        given = mean.contiguous(), var.contiguous(), eps
     else:
-        mean, var = to_dtype(mean, wide), to_dtype(var, wide)
-        unbiased_var = var
-    mean_out, rstd, unbiased_var_out = statistics.unbind()
-    mean_out.copy_(mean)
-    rstd.copy_((var + eps).rsqrt_())
-    unbiased_var_out.copy_(unbiased_var)
+        var = var.to(statistics.dtype)
+        for numbers, value in zip(statistics, (mean, (var + eps).rsqrt(), var)):
+            numbers.copy_(value)
     if x.numel():
-        kernels.combine(y, [], (x, gain * rstd), mean_out, to_dtype(bias, wide), last)
+        kernels.combine(y, [], (lines, gain), bias, statistics, last, given)
+
+
+def _over_ranks(statistics: Tensor, count: int, eps: float, group: str) -> None:
+    """Make of this rank's statistics, over ``count`` values a channel, those of all ranks."""
+    mean, _, var = statistics
+    total, (mean, squares) = ranks.merge_moments(count, torch.stack([mean, var * max(count - 1, 0)]), group)
+    var, unbiased_var = squares / total.clamp(min=1), squares / (total - 1).clamp(min=1)
+    statistics.copy_(torch.stack([mean, (var + eps).rsqrt(), unbiased_var]))
 
 
 def backward(
@@ -49,21 +54,21 @@ def backward(
 ) -> None:  # fmt: skip
     """``grad_x = rstd (gain g - m(gain g) - xhat m(gain g xhat))``; in evaluation both means are 0."""
     grad_x, grad_gain, grad_bias = out
-    last = _images.channels_last(grad_x)
-    grad, x = (_images.lines(t, last).tensor for t in (grad, x))
-    mean, rstd, _ = statistics
-    sums = kernels.sums(None, grad, x, mean, last) if x.numel() else statistics.new_zeros(2, *x.shape[:2])
-    sums[1] *= rstd
-    grad_bias.copy_(sums[0])
-    grad_gain.copy_(sums[1])
-    scale = gain * rstd
+    last, count = _images.channels_last(grad_x), values_per_channel(x)
+    of_grad, of_x = (_images.lines(t, last) for t in (grad, x))
+    parts = kernels.sums(None, of_grad, of_x, statistics, last) if x.numel() else _no_sums(2, x, statistics)
     if not training:
+        between.add(parts, statistics, (grad_bias, grad_gain, None))
         if x.numel():
-            kernels.combine(grad_x, [(grad, scale)], None, mean, torch.zeros_like(mean), last)
+            kernels.combine(grad_x, [(of_grad, gain)], None, None, statistics, last)
         return
-    m_g, m_gx = ranks.mean((sums * gain).sum(1), values_per_channel(x), group)
+    means = statistics.new_empty(2, x.shape[1])
+    between.add(parts, statistics, (grad_bias, grad_gain, None), means, gain, count=count)
+    if group:
+        means = ranks.mean(means, count, group)
+    offset, weight = means
     if x.numel():
-        kernels.combine(grad_x, [(grad, scale)], (x, -m_gx * rstd * rstd), mean, -m_g * rstd, last)
+        kernels.combine(grad_x, [(of_grad, gain)], (of_x, weight), offset, statistics, last)
 
 
 def double_backward(
@@ -72,40 +77,31 @@ def double_backward(
 ) -> None:  # fmt: skip
     """The gradient of ``<v, grad_x> + <v_gain, grad_gain> + <v_bias, grad_bias>``; docs/conditional_batch_norm.md."""
     of_grad, of_x, of_gain = out
-    last = _images.channels_last(of_x)
-    v, grad, x = (_images.lines(t, last).tensor for t in (v, grad, x))
-    mean, rstd, _ = statistics
-    wide = statistics.dtype
-    gain, v_gain, v_bias = (t.to(wide) for t in (gain, v_gain, v_bias))
-    sums = kernels.sums(v, grad, x, mean, last) if x.numel() else statistics.new_zeros(5, *x.shape[:2])
-    g, gx, s_v, s_vx, vg = sums.unbind()
-    gx *= rstd
-    s_vx *= rstd
-    scale = gain * rstd
+    last, count = _images.channels_last(of_x), values_per_channel(x)
+    v_lines, grad_lines, x_lines = (_images.lines(t, last) for t in (v, grad, x))
+    parts = kernels.sums(v_lines, grad_lines, x_lines, statistics, last) if x.numel() else _no_sums(5, x, statistics)
     if not training:
-        of_gain.copy_(rstd * vg)
+        between.add(parts, statistics, (None, None, of_gain))
         if x.numel():
-            kernels.combine(of_grad, [(v, scale)], (x, v_gain * rstd), mean, v_bias, last)
-            kernels.combine(of_x, [(grad, v_gain * rstd)], None, mean, torch.zeros_like(mean), last)
+            kernels.combine(of_grad, [(v_lines, gain)], (x_lines, v_gain), v_bias, statistics, last)
+            kernels.combine(of_x, [(grad_lines, v_gain)], None, None, statistics, last)
         return
-    channel = torch.stack([s_v, s_vx, gain * g, gain * gx, gain * vg, v_gain * g, v_gain * gx]).sum(1)
-    m_v, m_vx, m_g, m_gx, m_vg, m_t, m_tx = ranks.mean(channel, values_per_channel(x), group)
-    of_gain.copy_(rstd * (vg - m_v * g - m_vx * gx))
+    planes, means = statistics.new_empty(3, *gain.shape), statistics.new_empty(7, x.shape[1])
+    between.add(parts, statistics, planes.unbind(), means, gain, v_gain, count)
+    if group:
+        means = ranks.mean(means, count, group)
+    weights = between.weights(of_gain, planes, means, statistics, gain, v_gain, v_bias)
     if x.numel():
-        # t = (v_gain - gain rstd m(v xhat)) g - rstd m(gain g xhat) v is what xhat gets, rstd gets the spread.
-        along = v_gain - scale * m_vx
-        t_mean = m_t - rstd * (m_gx * m_v + m_vx * m_g)
-        t_x = m_tx - 2 * rstd * m_gx * m_vx
-        spread = m_vg - m_v * m_g - m_vx * m_gx
-        kernels.combine(of_grad, [(v, scale)], (x, along * rstd), mean, v_bias - scale * m_v, last)
+        (along, grad_offset), (x_weight, x_offset) = weights
+        kernels.combine(of_grad, [(v_lines, gain)], (x_lines, along), grad_offset, statistics, last)
         kernels.combine(
-            of_x,
-            [(v, -m_gx * rstd * rstd), (grad, along * rstd)],
-            (x, -(t_x + rstd * spread) * rstd * rstd),
-            mean,
-            -t_mean * rstd,
-            last,
+            of_x, [(v_lines, means[1]), (grad_lines, along)], (x_lines, x_weight), x_offset, statistics, last
         )
+
+
+def _no_sums(count: int, x: Tensor, statistics: Tensor) -> Tensor:
+    """What :func:`kernels.sums` gives of no values."""
+    return statistics.new_zeros(count, x.shape[0], 1, x.shape[1])
 
 
 def values_per_channel(x: Tensor) -> int:
