@@ -174,19 +174,6 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length() if number else 0
 
 
-# Triton's own of these go through its constexprs, which takes 3 µs.
-
-
-def ceil_div(number: int, divisor: int) -> int:
-    """The quotient, rounded up."""
-    return -(-number // divisor)
-
-
-def power_of_two(number: int) -> int:
-    """The smallest that is as large; 0 for 0."""
-    return 1 << (number - 1).bit_length() if number else 0
-
-
 @functools.cache
 def capability(device: torch.device) -> int:
     """As in ``sm_90``."""

@@ -330,3 +330,32 @@ def test_sizes_are_as_tritons(number: int) -> None:
     assert _triton.power_of_two(number) == triton.next_power_of_2(number)
     for divisor in (1, 3, 16):
         assert _triton.ceil_div(number, divisor) == triton.cdiv(number, divisor)
+
+
+@pytest.mark.gpu
+def test_warm_launches_on_a_gpu(dispatched: Dispatched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the driver itself: of addresses that are aligned and not, and on the stream that a CUDA graph captures."""
+    monkeypatch.setattr(_triton, "_variants", {})
+    memory, zeros = torch.randn(256, device="cuda"), torch.zeros(256, device="cuda")
+    out = torch.empty(16, device="cuda")
+
+    def fill(offset: int) -> None:
+        args = arguments(
+            x=memory[offset:], loose=out, lists=Lists(zeros, zeros), addresses=(zeros, zeros), strides=(2, 1),
+            number=3, number_too=0, free=0, free_too=0,
+        )  # fmt: skip
+        _triton.launch(copy, 1, memory.device, *args, **CONSTANTS)
+
+    def assert_filled(offset: int) -> None:
+        torch.testing.assert_close(out, 0.5 * memory[offset + 3 :: 2][:16], rtol=0, atol=0)
+
+    for offset in (0, 1, 4, 5, 0):
+        fill(offset)
+        assert_filled(offset)
+    assert len(dispatched) == 2
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fill(8)
+    out.fill_(torch.nan)
+    graph.replay()
+    assert_filled(8)
