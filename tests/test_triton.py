@@ -260,21 +260,44 @@ def test_options_of_the_process_are_of_the_variant(
     assert [function for function, _ in launched] == [1, 2]
 
 
-def test_hooks_are_called(gpu: Driver) -> None:
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_hooks_are_called(hook: str, gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's profiler is told of launches that are warm, too."""
-    launch(arguments())
     seen: list[str] = []
 
-    def enter(metadata: Any) -> None:
+    def see(metadata: Any) -> None:
         seen.append(metadata.get()["name"])
 
-    knobs.runtime.launch_enter_hook.add(enter)
+    launch(arguments())
+    getattr(knobs.runtime, hook).add(see)
     try:
         launch(arguments())
     finally:
-        knobs.runtime.launch_enter_hook.remove(enter)
+        getattr(knobs.runtime, hook).remove(see)
     launch(arguments())
     assert seen == ["copy"]
+    with monkeypatch.context() as patch:
+        patch.setattr(knobs.runtime, hook, see)  # in place of the chain
+        launch(arguments())
+    launch(arguments())
+    assert seen == ["copy", "copy"]
+
+
+def test_hooks_of_a_kernel_are_called(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    launch(arguments())
+    monkeypatch.setattr(copy, "pre_run_hooks", [lambda *args, **_: seen.append(args)])
+    launch(arguments())
+    assert len(seen) == 1
+
+
+def test_other_compiler_passes_are_asked_for_at_each_launch(
+    gpu: Driver, dispatched: Dispatched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch(arguments())
+    monkeypatch.setattr(knobs.runtime, "add_stages_inspection_hook", lambda *_: ("key", "hash"))
+    launch(arguments())
+    assert len(dispatched) == 2
 
 
 def test_observers_see_warm_launches(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,20 @@ def sparse_attention() -> Calls:
     }
 
 
+def conditional_batch_norm() -> Calls:
+    from gdl_kernels.ops.conditional_batch_norm import triton as op
+
+    x, v, grad, out, second_out = (torch.empty(16, 192, 64, 64) for _ in range(5))
+    gain, statistics, running, rest = torch.empty(16, 192), torch.empty(3, 192), torch.empty(192), (1e-5, "", "triton")
+    saved = grad, x, gain, statistics, True, *rest
+    return {
+        "forward": lambda: op.forward((out, statistics), x, gain, gain, None, None, *rest),
+        "forward, evaluation": lambda: op.forward((out, statistics), x, gain, gain, running, running, *rest),
+        "backward": lambda: op.backward((out, gain, gain), *saved),
+        "double backward": lambda: op.double_backward((out, second_out, gain), v, gain, gain, *saved),
+    }
+
+
 def minibatch_self_attention() -> Calls:
     from gdl_kernels.ops.minibatch_self_attention import triton as op
 
@@ -93,6 +107,7 @@ def orthogonal_regularization() -> Calls:
 
 PASSES = [
     *((sparse_attention, name) for name in ("forward", "decoding", "backward", "double backward")),
+    *((conditional_batch_norm, name) for name in ("forward", "forward, evaluation", "backward", "double backward")),
     *((minibatch_self_attention, name) for name in ("forward", "backward", "double backward")),
     *((minibatch_stddev, name) for name in ("forward", "backward")),
     (positional_embedding, "forward"),
