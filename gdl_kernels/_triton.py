@@ -77,10 +77,8 @@ def _launch(kernel: Any, programs: int, args: tuple[Any, ...], constants: dict[s
 def _is_watched(kernel: Any) -> bool:
     """Whether somebody asked Triton to be told of launches, as its profiler does, or to compile in another way."""
     runtime = knobs.runtime
-    enter, leave = (
-        runtime.launch_enter_hook,
-        runtime.launch_exit_hook,
-    )  # chains of hooks, if nobody put one in their place
+    # These two are chains of hooks, unless somebody put a hook in their place.
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     told = getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or kernel.pre_run_hooks
     return bool(told or runtime.add_stages_inspection_hook)
 
