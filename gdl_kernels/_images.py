@@ -6,6 +6,7 @@ is read where it is.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -80,24 +81,31 @@ def triton_reasons(x: Tensor, *_: Any, **__: Any) -> list[str]:
 
 def lines(x: Tensor, last: bool) -> Lines:
     """The tensor itself where it has the lines that are asked for, else a copy that has."""
-    if not last and x.is_contiguous():
-        return Lines(x, *x.stride()[:2])
-    pixel = _pixel_stride(x)
-    if pixel is not None:
-        if last and (x.stride(1) == 1 or x.shape[1] == 1):
-            return Lines(x, x.stride(0), pixel)
-        if not last and (pixel == 1 or math.prod(x.shape[2:]) == 1):
-            return Lines(x, x.stride(0), x.stride(1))
+    strides = line_strides(x.shape, x.stride(), last)
+    if strides is not None:
+        return Lines(x, *strides)
     _, channels, pixels = shape(x)
     if last:
         return Lines(x.movedim(1, -1).contiguous().movedim(-1, 1), pixels * channels, channels)
     return Lines(x.contiguous(), channels * pixels, pixels)
 
 
-def _pixel_stride(x: Tensor) -> int | None:
+@functools.lru_cache(maxsize=1024)
+def line_strides(sizes: tuple[int, ...], strides: tuple[int, ...], last: bool) -> tuple[int, int] | None:
+    """From image to image and from line to line, of a tensor that has the lines that are asked for."""
+    pixel = _pixel_stride(sizes, strides)
+    if pixel is not None:
+        if last and (strides[1] == 1 or sizes[1] == 1):
+            return strides[0], pixel
+        if not last and (pixel == 1 or math.prod(sizes[2:]) == 1):
+            return strides[0], strides[1]
+    return None
+
+
+def _pixel_stride(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
     """The stride from pixel to pixel, if one stride walks all spatial dimensions."""
     pixel = after = None
-    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:])):
+    for size, stride in zip(reversed(sizes[2:]), reversed(strides[2:])):
         if size == 1:
             continue
         if pixel is None:

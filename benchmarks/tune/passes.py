@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdl_kernels import _triton, _tuned
+from gdl_kernels import _tuned
 from gdl_kernels._tuned import Config, Key, Tunable
 
 from ..correctness import Outputs, tuple_of
@@ -133,6 +133,8 @@ def _looked_up() -> Iterator[dict[Key, Config]]:
 @contextmanager
 def launched() -> Iterator[list[Any]]:
     """The kernels that are launched meanwhile, as Triton compiled them; none by the interpreter."""
+    from gdl_kernels import _triton  # which can be imported where Triton is installed
+
     kernels: list[Any] = []
 
     def observe(kernel: Any) -> None:

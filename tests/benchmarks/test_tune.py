@@ -40,7 +40,7 @@ from benchmarks.tune.ops import (
     spectral_normalize,
 )
 from benchmarks.tune.passes import Pass, Problem, problems
-from gdl_kernels import _triton, _tuned, layouts
+from gdl_kernels import _tuned, layouts
 from gdl_kernels import sparse_attention as attention
 from gdl_kernels._tuned import Config, Key
 
@@ -157,6 +157,8 @@ def test_the_fastest_is_found_written_and_launched(
 
 @interpreted
 def test_what_does_not_compile_spills_or_is_wrong_is_skipped_with_the_reason(used: list[tuple[Key, Config]]) -> None:
+    from gdl_kernels import _triton
+
     whole = TINY[0]
 
     def fails(*tensors: Tensor, backend: str) -> Any:

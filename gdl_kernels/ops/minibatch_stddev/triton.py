@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _images, _tuned
-from ..._triton import capability, launch
+from ..._triton import capability, ceil_div, launch, power_of_two
 from ..._tuned import Config
 
 #: How each kernel is launched where no table says otherwise; see ``tunable.py``. Not yet timed on any GPU.
@@ -171,15 +171,21 @@ def plan(kernel: str, x: Tensor, group_size: int, num_features: int, last: bool,
     size, width = min(group_size, samples), channels // num_features
     # With whole channels next to each other in every tensor a feature is one line.
     lines, run = (pixels, width) if last else (1, width * pixels) if joined else (width, pixels)
-    padded = triton.next_power_of_2(size)
-    config = _config(kernel, x.device, padded, min(triton.next_power_of_2(run), 4096), x.element_size())
-    num_warps = config["num_warps"]
-    places = max(1, 32 * num_warps * config["values"] // padded)
-    run_block = min(places, triton.next_power_of_2(run))
-    line_block = min(places // run_block, triton.next_power_of_2(lines))
-    n_tiles = triton.cdiv(lines, line_block) * triton.cdiv(run, run_block)
-    groups = samples // size
-    wanted = triton.cdiv(config["programs"] * _multiprocessors(x.device), groups * num_features)
+    config = _config(kernel, x.device, power_of_two(size), min(power_of_two(run), 4096), x.element_size())
+    wanted = config["programs"] * _multiprocessors(x.device)
+    return _plan(samples, size, num_features, lines, run, wanted, config["values"], config["num_warps"])
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    samples: int, size: int, num_features: int, lines: int, run: int, programs: int, values: int, num_warps: int
+) -> Plan:
+    padded, groups = power_of_two(size), samples // size
+    places = max(1, 32 * num_warps * values // padded)
+    run_block = min(places, power_of_two(run))
+    line_block = min(places // run_block, power_of_two(lines))
+    n_tiles = ceil_div(lines, line_block) * ceil_div(run, run_block)
+    wanted = ceil_div(programs, groups * num_features)
     constants = {"GROUP": padded, "LINES": line_block, "RUN": run_block, "num_warps": num_warps}
     return Plan(size, groups, lines, run, n_tiles, min(n_tiles, wanted, MAX_PARTS), constants)
 
@@ -192,7 +198,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _lines(tensors: tuple[Tensor, ...], last: bool) -> tuple[list[_images.Lines], bool]:
     lines = [_images.lines(t, last) for t in tensors]
-    return lines, not last and all(line.line == math.prod(line.tensor.shape[2:]) for line in lines)
+    pixels = math.prod(tensors[0].shape[2:])
+    return lines, not last and all(line.line == pixels for line in lines)
 
 
 def _strides(line: _images.Lines, width: int, last: bool) -> tuple[int, int, int]:
@@ -207,7 +214,7 @@ def _channel_strides(line: _images.Lines, last: bool) -> tuple[int, int, int]:
 
 def _pixels(kernel: str, x: Tensor, pixels: int, last: bool) -> dict[str, int]:
     """The pixels of a channel that a program takes at once, and its warps."""
-    key = min(triton.next_power_of_2(pixels), 4096), int(last), x.element_size()
+    key = min(power_of_two(pixels), 4096), int(last), x.element_size()
     config = _config(kernel, x.device, *key)
     num_warps = config["num_warps"]
     return {"PIXELS": 32 * num_warps * config["values"], "num_warps": num_warps}
@@ -228,7 +235,7 @@ def forward(y: Tensor, x: Tensor, group_size: int, num_features: int, eps: float
         cut.lines, cut.run, cut.n_tiles, cut.n_programs, cut.groups, num_features, cut.size, eps, **cut.constants,
     )  # fmt: skip
     constants = _pixels("fill", y, pixels, last)
-    n_blocks = triton.cdiv(pixels, constants["PIXELS"])
+    n_blocks = ceil_div(pixels, constants["PIXELS"])
     launch(
         _fill, samples * num_features * n_blocks, x.device, y, sums, *_channel_strides(target, last),
         channels, pixels, n_blocks, cut.n_programs, cut.groups, num_features, width * pixels,
@@ -243,7 +250,7 @@ def backward(dx: Tensor, grad: Tensor, x: Tensor, group_size: int, num_features:
     last, width = _images.channels_last(x), channels // num_features
     (given, source, target), joined = _lines((grad, x, dx), last)
     constants = _pixels("sum_of_statistic", grad, pixels, last)
-    n_parts = min(triton.cdiv(pixels, constants["PIXELS"]), MAX_PARTS)
+    n_parts = min(ceil_div(pixels, constants["PIXELS"]), MAX_PARTS)
     sums = torch.empty(samples, num_features, n_parts, dtype=torch.float32, device=x.device)
     launch(
         _sum_of_statistic, sums.numel(), x.device, given.tensor, sums, *_channel_strides(given, last),

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _matrices, _native, _tuned
-from ..._triton import capability, launch
+from ..._triton import capability, ceil_div, launch
 from ..._tuned import Config
 from .cpu import orientation
 
@@ -273,7 +273,7 @@ def _plan(matrices: tuple[Matrix, ...], tile: int, cuts: tuple[Cut, ...], device
     table, n_tiles, n_norms = [], 0, 0
     work: dict[tuple[bool, bool], tuple[list[Any], list[Any], list[Any]]] = {}
     for w, matrix in enumerate(matrices):
-        n_rows = triton.cdiv(matrix.height, tile)
+        n_rows = ceil_div(matrix.height, tile)
         summed, columns = (sizes.get((kernel, matrix.aligned)) for kernel in ("norms", "gradient"))
         table.append([
             matrix.height, matrix.width, matrix.stride, matrix.out_stride, n_tiles, n_norms, int(matrix.of_rows)
@@ -282,12 +282,12 @@ def _plan(matrices: tuple[Matrix, ...], tile: int, cuts: tuple[Cut, ...], device
         if matrix.width and ("gram", matrix.aligned) in sizes:
             gram += [(matrix.width, w, i, j) for i in range(n_rows) for j in range(i + 1)]
         if matrix.width and columns:
-            n_columns = triton.cdiv(matrix.width, columns)
+            n_columns = ceil_div(matrix.width, columns)
             gradient += [(matrix.height, w, i, k) for k in range(n_columns) for i in range(n_rows)]
         if matrix.width and not matrix.of_rows:
             if summed:
-                norms += [(matrix.width, w, 0, b) for b in range(triton.cdiv(matrix.height, summed))]
-                norms += [(matrix.height, w, 1, b) for b in range(triton.cdiv(matrix.width, summed))]
+                norms += [(matrix.width, w, 0, b) for b in range(ceil_div(matrix.height, summed))]
+                norms += [(matrix.height, w, 1, b) for b in range(ceil_div(matrix.width, summed))]
             n_norms += matrix.height + matrix.width
         n_tiles += n_rows * (n_rows + 1) // 2
 
@@ -307,6 +307,17 @@ _DOT = _DTYPES | ({torch.bfloat16: tl.float32} if _native.interpreting() else {}
 _DOT_OF_GRAM = _DOT | {torch.float16: tl.float32}
 
 
+@functools.lru_cache(maxsize=1024)
+def _line(sizes: tuple[int, ...], stride: int, columns: bool, itemsize: int, aligned: bool) -> Matrix:
+    """What the tables say of a weight of given sizes, whose memory begins at 16 bytes or not."""
+    rows, out_stride = sizes[0], math.prod(sizes[1:])
+    turn, of_rows = orientation(rows, out_stride, columns)
+    height, width = (out_stride, rows) if turn else (rows, out_stride)
+    # The gradient's rows are in one piece from the first to the last: their length is its stride.
+    aligned = aligned and stride * itemsize % 16 == 0 and out_stride * itemsize % 16 == 0
+    return Matrix(height, width, stride, out_stride, turn, of_rows, aligned)
+
+
 class Call:
     """A list of weights as some of the kernels take it."""
 
@@ -315,17 +326,15 @@ class Call:
         self.tile = TILE[self.dtype.itemsize]
         self.matrices, lines = [], []
         for weight in weights:
-            matrix = _matrices.flattened(weight)
-            if matrix.stride(1) != 1 and matrix.shape[1] != 1:
-                matrix = matrix.contiguous()
-            turn, of_rows = orientation(matrix.shape[0], matrix.shape[1], columns)
-            height, width = matrix.shape[::-1] if turn else matrix.shape
-            stride, out_stride = matrix.stride(0), matrix.shape[1]
-            # The gradient's rows are in one piece from the first to the last: their length is its stride.
-            sizes = *(n * self.dtype.itemsize for n in (stride, out_stride)), matrix.data_ptr()
-            aligned = all(size % 16 == 0 for size in sizes)
+            # Nothing else is asked of a weight than where it is and how its rows follow each other.
+            matrix, stride = weight, math.prod(weight.shape[1:])
+            if not weight.is_contiguous():
+                matrix = _matrices.flattened(weight)
+                if matrix.stride(1) != 1 and matrix.shape[1] != 1:
+                    matrix = matrix.contiguous()
+                stride = matrix.stride(0)
             self.matrices.append(matrix)
-            lines.append(Matrix(height, width, stride, out_stride, turn, of_rows, aligned))
+            lines.append(_line(matrix.shape, stride, columns, self.dtype.itemsize, matrix.data_ptr() % 16 == 0))
         self.configs = {
             (kernel, aligned): _config(kernel, aligned, self.dtype.itemsize, self.device)
             for kernel in kernels
@@ -340,10 +349,11 @@ class Call:
 
     def addresses(self, tensors: Sequence[Tensor]) -> Tensor:
         """The tensors' addresses, on the device: the last is written again to fill the last launch."""
-        size = triton.cdiv(len(tensors), ADDRESSES) * ADDRESSES
+        size = ceil_div(len(tensors), ADDRESSES) * ADDRESSES
         table = torch.empty(size, dtype=torch.int64, device=self.device)
-        for first in range(0, len(tensors), ADDRESSES):
-            some = tuple(tensors[min(first + i, len(tensors) - 1)] for i in range(ADDRESSES))
+        filled = *tensors, *[tensors[-1]] * (size - len(tensors))
+        for first in range(0, size, ADDRESSES):
+            some = filled[first : first + ADDRESSES]
             launch(_write_addresses, 1, self.device, table, some, first, num_warps=1)
         return table
 
@@ -373,7 +383,7 @@ def kept_sizes(weights: Sequence[Tensor], columns: bool) -> tuple[int, int]:
     for weight in weights:
         rows, size = weight.shape[0], math.prod(weight.shape[1:])
         _, of_rows = orientation(rows, size, columns)
-        n_rows = triton.cdiv(min(rows, size), tile)
+        n_rows = ceil_div(min(rows, size), tile)
         n_tiles += n_rows * (n_rows + 1) // 2
         n_norms += 0 if of_rows else rows + size
     return n_tiles * tile * tile, n_norms

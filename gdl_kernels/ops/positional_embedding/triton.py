@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _tuned
-from ..._triton import capability, launch
+from ..._triton import capability, ceil_div, launch, power_of_two
 from ..._tuned import Config
 from .phases import phase_steps
 
@@ -126,11 +126,11 @@ def _contiguous_rows(matrix: Tensor) -> Tensor:
 def _config(kernel: str, table: Tensor) -> tuple[Config, int, int, int]:
     """A configuration for tables or gradients with such rows: columns of a tile, tiles of a row, rows of a tile."""
     width = table.shape[-1]
-    padded = triton.next_power_of_2(width)
+    padded = power_of_two(width)
     key = padded, table.element_size()
     config = _tuned.configuration(capability(table.device), "positional_embedding", kernel, key, CONFIGS[kernel])
     columns = min(config["columns"], padded)
-    return config, columns, triton.cdiv(width, columns), 32 * config["num_warps"] * config["values"] // columns
+    return config, columns, ceil_div(width, columns), 32 * config["num_warps"] * config["values"] // columns
 
 
 def forward(out: Tensor, tokens: Tensor, weight: Tensor, scale: float, start: int, backend: str) -> None:
@@ -139,10 +139,10 @@ def forward(out: Tensor, tokens: Tensor, weight: Tensor, scale: float, start: in
     ids, table, length = tokens.contiguous(), _contiguous_rows(weight), tokens.shape[-1]
     rows, width = weight.shape
     config, columns, tiles, positions = _config("forward", weight)
-    positions = min(positions, triton.next_power_of_2(length))
-    programs, batch = triton.cdiv(length, positions) * tiles, tokens.numel() // length
+    positions = min(positions, power_of_two(length))
+    programs, batch = ceil_div(length, positions) * tiles, tokens.numel() // length
     # With few positions the batch is split, too, and each part computes the sinusoids again.
-    parts = min(batch, triton.cdiv(config["programs"] * _multiprocessors(weight.device), programs))
+    parts = min(batch, ceil_div(config["programs"] * _multiprocessors(weight.device), programs))
     steps = phase_steps(width, weight.device)
     launch(
         _forward, programs * parts, weight.device, ids, table, steps, out, length, batch, start, rows, width,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .... import _images, _tuned
-from ...._triton import capability, launch
+from ...._triton import capability, ceil_div, launch, power_of_two
 from ...._tuned import Config
 from ...sparse_attention.triton.launch import DOT, padded
 from . import maps
@@ -33,9 +31,24 @@ class Map(NamedTuple):
 
 def as_map(x: Tensor) -> Map:
     """The tensor itself where its pixels or its channels are next to each other, else a copy where they are."""
+    sizes, strides = x.shape, x.stride()
+    found = _strides(sizes, strides)
+    if found is not None:
+        return Map(x, found)
     last = _images.channels_last(x)
     lines = _images.lines(x, last)
-    return Map(lines.tensor, (lines.image, 1, lines.line) if last else (lines.image, lines.line, 1))
+    return Map(lines.tensor, _in_order(lines.image, lines.line, last))
+
+
+@functools.lru_cache(maxsize=1024)
+def _strides(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, int, int] | None:
+    last = strides[1] == 1 and sizes[1] > 1
+    found = _images.line_strides(sizes, strides, last)
+    return None if found is None else _in_order(*found, last)
+
+
+def _in_order(image: int, line: int, last: bool) -> tuple[int, int, int]:
+    return (image, 1, line) if last else (image, line, 1)
 
 
 class Pooled(NamedTuple):
@@ -94,11 +107,11 @@ class Call:
 
     def __init__(self, query: Tensor, value: Tensor, scale: float, pool: int, score: str, _backend: str) -> None:
         self.device, self.dtype = query.device, query.dtype
-        self.batch, self.channels, height, self.n_q = *query.shape[:3], math.prod(query.shape[2:])
+        self.batch, self.channels, height, width = query.shape
         self.value_channels = value.shape[1]
         self.pool = pool
-        self.width = query.shape[3] // pool
-        self.n_k = height // pool * self.width
+        self.height, self.width = height // pool, width // pool
+        self.n_q, self.n_k = height * width, self.height * self.width
         self.l2 = score == "l2"
         # -scale |q - k|^2 is 2 scale (q.k - |k|^2 / 2) but for what is the same for all keys.
         self.scale = 2 * scale if self.l2 else scale
@@ -108,15 +121,16 @@ class Call:
         source, second = as_map(x), as_map(x if other is None else other)
         if self.pool == 1:
             return Pooled(source, second, None)
-        pooled = as_map(_images.empty_like(x[:, :, ::2, ::2]))
+        channels, last = x.shape[1], _images.channels_last(x)
+        memory_format = torch.channels_last if last else torch.contiguous_format
+        sizes = self.batch, channels, self.height, self.width
+        pooled = as_map(torch.empty(sizes, dtype=x.dtype, device=self.device, memory_format=memory_format))
         picked = pooled if other is None else Map(torch.empty_like(pooled.tensor), pooled.strides)
         winner = torch.empty_like(pooled.tensor, dtype=torch.int8)
-        channels = x.shape[1]
-        last = pooled.strides[1] == 1
         config = self._config("pool", (int(last), self.dtype.itemsize), POOL[last])
-        channel_block = min(config["channels"], triton.next_power_of_2(channels))
+        channel_block = min(config["channels"], power_of_two(channels))
         window_block = 32 * config["num_warps"] * config["values"] // channel_block
-        blocks = triton.cdiv(channels, channel_block), triton.cdiv(self.n_k, window_block)
+        blocks = ceil_div(channels, channel_block), ceil_div(self.n_k, window_block)
         launch(
             maps.pool, self.batch * blocks[0] * blocks[1], self.device,
             source.tensor, pooled.tensor, winner, None if other is None else second.tensor, picked.tensor,
@@ -132,7 +146,7 @@ class Call:
         config = self._config(name, key, built_in_tiles(name, *key))
         owned = self.n_k if name in ("grad_key_value", "double_columns") else self.n_q
         launch(
-            kernel, self.batch * triton.cdiv(owned, config["own"]), self.device, *args, self.n_q, self.n_k, self.scale,
+            kernel, self.batch * ceil_div(owned, config["own"]), self.device, *args, self.n_q, self.n_k, self.scale,
             C=self.channels, CV=self.value_channels, BLOCK_C=block_c, BLOCK_V=block_v, OWN=config["own"],
             STEP=config["step"], DOT=DOT[self.dtype], L2=self.l2, num_stages=config["num_stages"],
             num_warps=config["num_warps"],

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...._triton import launch
+from ...._triton import ceil_div, launch
 from .dropout import Dropout, load_seed, survives
 from .launch import Call, padded
 from .walk import (
@@ -268,7 +268,7 @@ def backward(
     delta, lse_log2 = call.empty_like_rows(2)
     block_dv = padded(call.value_dim)
     config = call.config("row_terms", (block_dv, call.dtype.itemsize), _ROW_TERMS)
-    n_tiles = triton.cdiv(call.n_q, config["own"])
+    n_tiles = ceil_div(call.n_q, config["own"])
     launch(
         _row_terms, n_tiles * call.batch * call.heads, call.device,
         out, grad_out, lse.contiguous(), grad_lse if grad_lse is None else grad_lse.contiguous(), delta, lse_log2,

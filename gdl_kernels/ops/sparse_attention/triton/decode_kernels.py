@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...._triton import launch
+from ...._triton import ceil_div, launch
 from .dropout import Dropout, load_seed, survives
 from .launch import Call, decode_splits, padded
 from .walk import SCALARS, Keys, first_position, kept_keys_of_row, key_tile, list_bounds, load_rows, n_seen_keys
@@ -131,7 +131,7 @@ def decode(call: Call, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, val
     config, constants = call.tiles("decode")
     sharing = call.group if call.list_step == call.order_step == 0 else 1
     members = min(MEMBERS, padded(sharing))
-    chunks = triton.cdiv(sharing, members)
+    chunks = ceil_div(sharing, members)
     programs = call.batch * call.heads // sharing * chunks * call.n_q
     n_splits = decode_splits(call.device, programs, config["programs"], MAX_SPLITS)
     parts, part_lse = out[:, :, :, None], lse

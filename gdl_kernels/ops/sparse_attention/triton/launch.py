@@ -8,13 +8,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .... import _native, _tuned
-from ...._triton import capability
+from ...._triton import capability, ceil_div, power_of_two
 from ...._tuned import Config
 from .walk import Lists
 
@@ -92,9 +91,10 @@ DOT = {
 }
 
 
+@functools.cache
 def padded(features: int) -> int:
     """A head size as a tile has it."""
-    return max(16, triton.next_power_of_2(features))
+    return max(16, power_of_two(features))
 
 
 @functools.cache
@@ -112,12 +112,22 @@ def decode_splits(device: torch.device, programs: int, wanted: int, most: int) -
 
 
 def _descriptor(tensor: Tensor, positions: int, step: int) -> TensorDescriptor | None:
-    batch, heads, _, features = tensor.shape
-    strides, size = tensor.stride(), tensor.element_size()
-    aligned = tensor.data_ptr() % 16 == 0 and all(s > 0 and s * size % 16 == 0 for s in strides[:-1])
-    if not aligned or strides[-1] != 1 or features != padded(features) or not batch * positions:
+    strides, sizes = tensor.stride(), tensor.shape
+    if not positions or tensor.data_ptr() % 16 or not _is_loadable(sizes, strides, tensor.element_size()):
         return None
-    return TensorDescriptor(tensor, [batch, heads, positions, features], list(strides), [1, 1, step, features])
+    batch, heads, _, features = sizes
+    # Not by its own constructor, which checks again what was just checked.
+    descriptor = TensorDescriptor.__new__(TensorDescriptor)
+    descriptor.base, descriptor.shape, descriptor.strides = tensor, [batch, heads, positions, features], list(strides)
+    descriptor.block_shape, descriptor.padding = [1, 1, step, features], "zero"
+    return descriptor
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_loadable(sizes: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
+    """Whether the copy engine takes such a tensor, and its rows fill those of a tile."""
+    aligned = strides[-1] == 1 and all(s > 0 and s * itemsize % 16 == 0 for s in strides[:-1])
+    return aligned and sizes[-1] == padded(sizes[-1]) and sizes[0] > 0
 
 
 class Side(NamedTuple):
@@ -145,8 +155,8 @@ class Call:
         self.kv_heads, self.n_k, self.value_dim = value.shape[1:]
         self.group = self.heads // self.kv_heads
         self.layout_n_q, self.layout_n_k, self.block_size, self.causal = sizes
-        self.rows = Side(Lists(*layout[:5]), triton.cdiv(self.layout_n_q, self.block_size))
-        self.columns = Side(Lists(*layout[5:10]), triton.cdiv(self.layout_n_k, self.block_size))
+        self.rows = Side(Lists(*layout[:5]), ceil_div(self.layout_n_q, self.block_size))
+        self.columns = Side(Lists(*layout[5:10]), ceil_div(self.layout_n_k, self.block_size))
         self.table, order, places = layout[10], layout[11], layout[12]
         self.order = order if order.numel() else None
         self.places = places if order.numel() else None
@@ -217,11 +227,11 @@ class Call:
             n_tiles, whole = self.rows.n_lines * (self.block_size // own), True
         elif self.order is None:
             # Enough wherever the first query lies in its tile, which the host may not know.
-            n_tiles, whole = triton.cdiv(self.n_q - 1, own) + 1, False
+            n_tiles, whole = ceil_div(self.n_q - 1, own) + 1, False
         else:
             # Any tile may hold a query of the call, and queries past the end of the layout lie past its last place.
             past = self.n_q if self.start is not None else 0
-            n_tiles, whole = triton.cdiv(self.layout_n_q + past, own), False
+            n_tiles, whole = ceil_div(self.layout_n_q + past, own), False
         return n_tiles, n_tiles * self.batch * self.heads if self.n_q else 0, whole
 
     def column_work(self, own: int, summed: int) -> tuple[int, int, bool]:
@@ -233,7 +243,7 @@ class Call:
         if self.n_k == self.layout_n_k and (self.list_step == 0 or summed == 1):
             n_tiles, whole = self.columns.n_lines * (self.block_size // own), True
         else:
-            n_tiles, whole = triton.cdiv(self.n_k if self.order is None else self.layout_n_k, own), False
+            n_tiles, whole = ceil_div(self.n_k if self.order is None else self.layout_n_k, own), False
         return n_tiles, n_tiles * self.batch * (self.heads // summed), whole
 
     def summed(self) -> int:

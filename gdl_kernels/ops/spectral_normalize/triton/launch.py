@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .... import _tuned
-from ...._triton import capability, launch
+from ...._triton import capability, ceil_div, launch
 from ...._tuned import Config
 from .. import vectors
 from . import kernels
@@ -49,6 +50,7 @@ class Work(NamedTuple):
         products: by how they are launched, (kernel's name, contiguous, rows on 16 elements): lines of a matrix, its
             first row, the row after its last, where its sums begin.
         sums: how many numbers all sums over rows are.
+        even: whether 16 divides the length of every matrix, so that no 16 numbers reach beyond an end.
     """
 
     shapes: Tensor
@@ -56,6 +58,7 @@ class Work(NamedTuple):
     strips: Tensor
     pieces: Tensor
     sums: int
+    even: bool
 
 
 class Cut(NamedTuple):
@@ -78,11 +81,11 @@ def _work(shapes: Shapes, cut: Cut, device: torch.device) -> Work:
         columns = outer * inner
         name, group = ("narrow_products", cut.narrow) if columns <= NARROW else ("wide_products", cut.wide)
         # Blocks of eight groups, or of as many as leave at most 64 blocks to merge.
-        size = max(8, triton.cdiv(rows, 64 * group)) * group
+        size = max(8, ceil_div(rows, 64 * group)) * group
         firsts = range(0, rows, size)
         items = products.setdefault((name, outer == 1, inner % 16 == 0), [])
         items += [[i, first, min(first + size, rows), sums + n * columns] for n, first in enumerate(firsts)]
-        mine = [[i, n] for n in range(triton.cdiv(rows * columns, cut.piece))]
+        mine = [[i, n] for n in range(ceil_div(rows * columns, cut.piece))]
         table.append([outer, rows, inner, sums, len(firsts), len(pieces), len(mine)])
         strips += [[i, first] for first in range(0, columns, cut.strip)]
         pieces += mine
@@ -90,7 +93,8 @@ def _work(shapes: Shapes, cut: Cut, device: torch.device) -> Work:
     tensors = (torch.tensor(lines, dtype=torch.int64).to(device) for lines in (table, strips, pieces))
     shape_table, strip_table, piece_table = tensors
     product_tables = {k: torch.tensor(items, dtype=torch.int64).to(device) for k, items in products.items()}
-    return Work(shape_table, product_tables, strip_table, piece_table, sums)
+    even = all(math.prod(shape) % 16 == 0 for shape in shapes)
+    return Work(shape_table, product_tables, strip_table, piece_table, sums, even)
 
 
 #: By device, pinned memory for the addresses of calls in CUDA graphs, and how much of it is used.
@@ -100,9 +104,14 @@ _pinned: dict[torch.device, tuple[Tensor, list[int]]] = {}
 CAPTURED = 65536
 
 
-def _addresses(lines: Sequence[Sequence[Tensor]], device: torch.device) -> Tensor:
-    """A table of where tensors are."""
-    numbers = tuple(tensor.data_ptr() for line in lines for tensor in (*line, *line[: 6 - len(line)]))
+def _pointers(tensors: Iterable[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def _addresses(columns: Sequence[list[int]], device: torch.device) -> Tensor:
+    """The table of addresses; a column that is not given is as the first."""
+    filled = *columns, *columns[: kernels.ADDRESSES.value - len(columns)]
+    numbers = tuple(itertools.chain.from_iterable(zip(*filled)))
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return _captured_addresses(numbers, device)
     if device.type == "cuda" and device not in _pinned:
@@ -136,19 +145,21 @@ def forward(
 ) -> None:  # fmt: skip
     out, found = outputs
     sigmas, new_us, new_vs = vectors.parts(found, weights)
-    matrices = [matrix(weight) for weight in weights]
-    wide_us = [u.to(sigmas.dtype).contiguous() for u in us]
-    wide_vs = [m.to_memory(v.to(sigmas.dtype)) for m, v in zip(matrices, vs)]
+    matrices, wide = [matrix(weight) for weight in weights], sigmas.dtype
+    us, vs = ([v if v.dtype == wide else v.to(wide) for v in side] for side in (us, vs))
+    wide_us, wide_vs = [u.contiguous() for u in us], [m.to_memory(v) for m, v in zip(matrices, vs)]
     vs_there = [new_v if m.order is None else torch.empty_like(new_v) for m, new_v in zip(matrices, new_vs)]
-    lines = list(zip((m.tensor for m in matrices), out, wide_us, wide_vs, new_us, vs_there))
+    tensors = [m.tensor for m in matrices]
+    there, out_there, *others = map(_pointers, (tensors, out, wide_us, wide_vs, new_us, vs_there))
     device, dtype, size = sigmas.device, DTYPES[weights[0].dtype], weights[0].dtype.itemsize
     configs = {
         kernel: _config(kernel, size, device)
         for kernel in ("wide_products", "narrow_products", "merge", "finish", "divide")
     }
-    work, addresses = _work(_shapes(matrices), _cut(configs), device), _addresses(lines, device)
+    work = _work(_shapes(matrices), _cut(configs), device)
+    addresses = _addresses((there, out_there, *others), device)
     sums = torch.empty(work.sums, dtype=sigmas.dtype, device=device)
-    aligned = _aligned(m.tensor for m in matrices)
+    aligned = work.even and _aligned(there)
 
     def multiply(left: Any, right: Any, dots: bool, add: bool) -> None:
         for (name, contiguous, even), items in work.products.items():
@@ -181,7 +192,7 @@ def forward(
             multiply(left, right, dots=True, add=True)
     launch(
         kernels._divide, len(work.pieces), device, work.shapes, addresses, work.pieces, sigmas,
-        DTYPE=dtype, ALIGNED=aligned and _aligned(out), **_piece(configs["divide"]),
+        DTYPE=dtype, ALIGNED=aligned and _aligned(out_there), **_piece(configs["divide"]),
     )  # fmt: skip
     for m, v, new_v in zip(matrices, vs_there, new_vs):
         m.from_memory(v, new_v)
@@ -193,17 +204,19 @@ def backward(
     sigmas, us, vs = vectors.parts(found, weights)
     matrices = [matrix(weight) for weight in weights]
     grads = [laid_out_like(grad, like) for grad, like in zip(grads, grad_weights)]
-    there = [m.to_memory(v) for m, v in zip(matrices, vs)]
+    wide_vs = [m.to_memory(v) for m, v in zip(matrices, vs)]
     tensors = [m.tensor for m in matrices]
-    lines = list(zip(tensors, grad_weights, us, there, grads))
+    there, out_there, *vectors_there, grads_there = map(_pointers, (tensors, grad_weights, us, wide_vs, grads))
     device, size = sigmas.device, weights[0].dtype.itemsize
     config = _config("gradients", size, device)
     # Of pieces alone; the rest is as in most forward passes, with which it then shares its tables.
     cut = _cut({**CONFIGS[size], "divide": config})
-    work, addresses = _work(_shapes(matrices), cut, device), _addresses(lines, device)
+    work = _work(_shapes(matrices), cut, device)
+    addresses = _addresses((there, out_there, *vectors_there, grads_there), device)
     products = torch.empty(len(work.pieces), dtype=sigmas.dtype, device=device)
     constants = {
-        "DTYPE": DTYPES[weights[0].dtype], "ALIGNED": _aligned([*tensors, *grads, *grad_weights]), **_piece(config),
+        "DTYPE": DTYPES[weights[0].dtype], "ALIGNED": work.even and _aligned(there + out_there + grads_there),
+        **_piece(config),
     }  # fmt: skip
     tables = work.shapes, addresses, work.pieces
     launch(kernels._inner_products, len(work.pieces), device, *tables, products, **constants)
@@ -214,9 +227,9 @@ def _shapes(matrices: Sequence[Matrix]) -> Shapes:
     return tuple((m.outer, m.rows, m.inner) for m in matrices)
 
 
-def _aligned(tensors: Iterable[Tensor]) -> bool:
-    """Whether 16 numbers at a time never begin off 16 bytes, nor reach beyond an end."""
-    return all(tensor.data_ptr() % 16 == 0 and tensor.numel() % 16 == 0 for tensor in tensors)
+def _aligned(pointers: list[int]) -> bool:
+    """Whether 16 numbers at a time never begin off 16 bytes."""
+    return all(pointer % 16 == 0 for pointer in pointers)
 
 
 def _config(kernel: str, size: int, device: torch.device) -> Config:

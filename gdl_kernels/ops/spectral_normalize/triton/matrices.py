@@ -41,24 +41,24 @@ class Matrix(NamedTuple):
 
 def matrix(weight: Tensor) -> Matrix:
     """The weight itself where it is dense, else a copy with the strides of ``torch.empty_like``."""
-    columns = math.prod(weight.shape[1:])
+    rows, *rest = weight.shape
+    columns = math.prod(rest)
     if weight.is_contiguous():
-        return Matrix(weight, 1, weight.shape[0], columns, None)
+        return Matrix(weight, 1, rows, columns, None)
     # From the outermost in. Where one of size 1 comes makes no difference.
     dimensions = sorted(range(weight.dim()), key=lambda d: -weight.stride()[d])
     if not _is_dense(weight, dimensions):
         return matrix(torch.empty_like(weight).copy_(weight))
     rows_at = dimensions.index(0)
-    rest = tuple(d - 1 for d in dimensions if d != 0)
+    order = tuple(d - 1 for d in dimensions if d != 0)
     inner = math.prod(weight.shape[d] for d in dimensions[rows_at + 1 :])
-    order = None if list(rest) == sorted(rest) else rest
-    return Matrix(weight, columns // inner, weight.shape[0], inner, order)
+    return Matrix(weight, columns // inner, rows, inner, None if list(order) == sorted(order) else order)
 
 
 def laid_out_like(x: Tensor, like: Tensor) -> Tensor:
     """``x``, in memory as the dense ``like`` is."""
-    strides = zip(x.shape, x.stride(), like.stride())
-    if all(size == 1 or mine == its for size, mine, its in strides):
+    mine, its = x.stride(), like.stride()
+    if mine == its or all(size == 1 or a == b for size, a, b in zip(x.shape, mine, its)):
         return x
     return torch.empty_like(like).copy_(x)
 
