@@ -23,10 +23,6 @@ class Lines(NamedTuple):
     image: int
     line: int
 
-    def array(self) -> tuple[int, int, int]:
-        """What a binding takes. The caller keeps the tensor."""
-        return self.tensor.data_ptr(), self.image, self.line
-
 
 def channels_last(x: Tensor) -> bool:
     """Whether a pixel's channels are next to each other. Not so for one channel: then the pixels are."""
