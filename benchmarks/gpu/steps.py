@@ -35,6 +35,9 @@ GROUPS = {
     "weights": (40, ("spectral_normalize", "orthogonal_regularization", "orthogonalize")),
 }
 
+#: Where there are tests marked ``gpu``. Those of models import more than every machine has.
+TESTS = ("tests/ops", "tests/nn", "tests/test_triton.py", "tests/benchmarks/test_runner.py")
+
 #: The ops whose Triton kernels are tuned in the long form, each in a process of its own, and their share of the time:
 #: by how many kernels they have at how many keys, and how long those take to compile.
 TUNED = {
@@ -133,10 +136,12 @@ def tuner(op: str, share: float) -> Step:
 
 
 def tests(report: Path) -> Step:
-    command = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", "tests/ops", "tests/nn", f"--junitxml={report}"]
+    command = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", *TESTS, f"--junitxml={report}"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(JOBS), "--dist", "loadgroup"]
-    return Step("tests", command, 140, lambda log: reports.tested(report), report, ("pytest", "hypothesis"), least=60)
+    return Step(
+        "tests", command, 140, lambda log: reports.tested(report), report, ("pytest", "hypothesis", *COMMANDS), least=60
+    )
 
 
 def sanitizer(tool: str, share: float, dtypes: Sequence[str], *options: str) -> Step:
