@@ -26,6 +26,7 @@ _OF_A_ROW: dict[str, Callable[[Result, Row], str | None]] = {
         _shown(bandwidth, row.bytes_per_s) if result.bound_by_bytes else _shown(rate, row.flops_per_s)
     ),
     "memory": lambda _, row: _shown(mebibytes, row.peak_bytes),
+    "called": lambda _, row: _shown(duration, row.as_called_ms),
     "name": lambda _, row: row.contestant,
 }
 

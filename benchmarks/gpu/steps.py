@@ -65,6 +65,9 @@ DATA = {
 #: No step is begun with fewer seconds: torch alone takes some to start.
 LEAST = 15.0
 
+#: For steps of several processes, or as many threads as cores in each would wait for one another.
+ALONE = {"OMP_NUM_THREADS": "1"}
+
 #: Modules that each part of the project imports besides torch.
 COMMANDS = ("typer", "rich")
 MODELS = (*COMMANDS, "safetensors", "PIL")
@@ -127,7 +130,7 @@ def steps(results: Path, *, long: bool) -> list[Step]:
 
 def verification(name: str, share: float) -> Step:
     command = [PYTHON, "-m", "gdl_kernels", "verify", "--jobs", str(JOBS)]
-    return Step(name, command, share, reports.verified, needs=COMMANDS, least=60)
+    return Step(name, command, share, reports.verified, needs=COMMANDS, least=60, environment=ALONE)
 
 
 def tuner(op: str, share: float) -> Step:
@@ -139,9 +142,10 @@ def tests(report: Path) -> Step:
     command = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", *TESTS, f"--junitxml={report}"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(JOBS), "--dist", "loadgroup"]
+    needs = ("pytest", "hypothesis", *COMMANDS)
     return Step(
-        "tests", command, 140, lambda log: reports.tested(report), report, ("pytest", "hypothesis", *COMMANDS), least=60
-    )
+        "tests", command, 180, lambda log: reports.tested(report), report, needs, least=60, environment=ALONE
+    )  # fmt: skip
 
 
 def sanitizer(tool: str, share: float, dtypes: Sequence[str], *options: str) -> Step:
@@ -161,7 +165,7 @@ def sanitizer(tool: str, share: float, dtypes: Sequence[str], *options: str) -> 
         missing="" if program else "compute-sanitizer is not on PATH",
         refused="Device not supported",
         # An overrun shows only where PyTorch doesn't hand out pieces of one large allocation.
-        environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        environment={**ALONE, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )
 
 

@@ -112,13 +112,18 @@ def test_each_verification_is_a_command_that_verify_takes(
     assert selection.poison == (name != "initcheck")  # what poison has filled is initialised
 
 
-def test_the_folders_with_tests_for_a_gpu_are_named(tmp_path: Path) -> None:
-    folders = [Path(word) for word in named(tmp_path, "tests").command if word.startswith("tests/")]
-    marked = {
-        path.relative_to(ROOT).parent for path in ROOT.glob("tests/*/test_*.py") if "mark.gpu" in path.read_text()
-    }
+def test_tests_for_a_gpu_are_named(tmp_path: Path) -> None:
+    named_paths = [ROOT / word for word in named(tmp_path, "tests").command if word.startswith("tests/")]
+    marked = {path for path in ROOT.glob("tests/**/test_*.py") if "mark.gpu" in path.read_text()}
     # Those of models import what a machine with a GPU may lack; this file names the mark.
-    assert marked - {Path("tests/models"), Path("tests/benchmarks")} == set(folders)
+    marked = {path for path in marked if path.parent.name != "models" and path != Path(__file__)}
+    assert {path for path in marked if not any(path.is_relative_to(one) for one in named_paths)} == set()
+    assert all(any(path.is_relative_to(one) for path in marked) for one in named_paths)
+
+
+def test_steps_of_several_processes_have_a_thread_in_each(tmp_path: Path) -> None:
+    for name in ("tests", "verify", "memcheck"):
+        assert named(tmp_path, name).environment["OMP_NUM_THREADS"] == "1"
 
 
 def test_it_needs_no_module_but_torch_to_run_and_to_end() -> None:

@@ -20,7 +20,7 @@ from ... import _images, _tuned
 from ..._triton import capability, ceil_div, launch, power_of_two
 from ..._tuned import Config
 
-#: How each kernel is launched where no table says otherwise; see ``tunable.py``. Not yet timed on any GPU.
+#: How each kernel is launched where no table says otherwise; see ``tunable.py``. Not tuned yet.
 CONFIGS: dict[str, Config] = {
     "copy_and_sum": {"values": 16, "programs": 8, "num_warps": 4},
     "grad_input": {"values": 16, "programs": 8, "num_warps": 4},

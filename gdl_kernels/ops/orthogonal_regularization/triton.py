@@ -28,7 +28,7 @@ from ..._triton import capability, ceil_div, launch
 from ..._tuned import Config
 from .cpu import orientation
 
-#: Rows and columns of a tile of G, by bytes an element. Not yet timed on any GPU.
+#: Rows and columns of a tile of G, by bytes an element. Not tuned yet.
 TILE = {4: 64, 2: 128}
 
 #: Terms of a float32 product that are added one after another; then such sums are added, or a long one would lose a
@@ -244,7 +244,7 @@ class Plan(NamedTuple):
 
 
 def _built_in(kernel: str, aligned: bool, size: int) -> Config:
-    """How a kernel is launched where no table says otherwise. Chosen by what the compiler reports, not yet timed on any
+    """How a kernel is launched where no table says otherwise. Chosen by what the compiler reports, not tuned on any
     GPU. Numbers that are loaded one by one go through registers: half as many at a time, or they would spill; and
     those that are stored so have an address each.
     """

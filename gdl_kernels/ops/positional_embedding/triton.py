@@ -21,7 +21,7 @@ from ..._tuned import Config
 from .phases import phase_steps
 
 #: How the kernels are launched where no table says otherwise; see ``tunable.py``. Up to ``chunk`` places a program
-#: sums on the way to the next chunk, and on the way from the last. Not yet timed on any GPU.
+#: sums on the way to the next chunk, and on the way from the last. Not tuned yet.
 CONFIGS: dict[str, Config] = {
     "forward": {"values": 16, "columns": 256, "programs": 8, "num_warps": 4},
     "backward": {"values": 16, "columns": 256, "chunk": 64, "num_warps": 4},

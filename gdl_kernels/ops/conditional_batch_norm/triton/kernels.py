@@ -27,7 +27,7 @@ Term = tuple[Lines, Tensor]
 
 #: How each kernel is launched where no table says otherwise; see ``tunable.py``. A thread loads 16 values of each
 #: tensor, in four instructions of 16 bytes for float32; of three tensors 8, for on sm_80 so many would spill. Where
-#: channels are last, 64 of 16 bits fill whole cache lines. Not yet timed on any GPU.
+#: channels are last, 64 of 16 bits fill whole cache lines. Not tuned yet.
 CONFIGS: dict[str, Config] = {
     "moments": {"values": 16, "channels": 64, "programs": 8, "num_warps": 4},
     "sums": {"values": 16, "channels": 64, "programs": 8, "num_warps": 4},

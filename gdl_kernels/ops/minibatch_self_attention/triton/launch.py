@@ -15,7 +15,7 @@ from ...sparse_attention.triton.launch import DOT, padded
 from . import maps
 
 #: How ``pool`` is launched, by whether channels are last; ``values``: that a thread writes, ``channels``: of a tile. So
-#: it goes along memory: all channels of some windows, or many windows of some channels. Not yet timed on any GPU.
+#: it goes along memory: all channels of some windows, or many windows of some channels. Not tuned yet.
 POOL = {
     True: {"values": 8, "channels": 64, "num_warps": 4},
     False: {"values": 8, "channels": 8, "num_warps": 4},
@@ -66,7 +66,7 @@ class Pooled(NamedTuple):
 
 
 #: For 16-bit inputs, by kernel, with up to 128 padded channels. Chosen by what the compiler reports: nothing spills,
-#: and 99 KB of shared memory, what the smaller chips have, are enough. Not yet timed on any GPU.
+#: and 99 KB of shared memory, what the smaller chips have, are enough. Not tuned yet.
 TILES = {
     "forward": (128, 64, 3, 8),
     "grad_query": (64, 32, 3, 4),

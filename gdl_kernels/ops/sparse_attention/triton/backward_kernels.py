@@ -254,7 +254,7 @@ def _grad_key_value(
     store_rows(v_out, positions, inside, grad_v_strides, grad_v, DV, BLOCK_DV)
 
 
-#: How ``_row_terms`` is launched; ``own``: queries of a program. Not yet timed on any GPU.
+#: How ``_row_terms`` is launched; ``own``: queries of a program. Not tuned yet.
 _ROW_TERMS = {"own": 64, "num_warps": 4}
 
 

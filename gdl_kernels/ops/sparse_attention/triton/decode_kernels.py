@@ -21,7 +21,7 @@ MEMBERS = 64
 #: The most programs that share a row.
 MAX_SPLITS = 32
 
-#: How parts are merged. Not yet timed on any GPU.
+#: How parts are merged. Not tuned yet.
 MERGE = {"num_warps": 4}
 
 

@@ -22,7 +22,7 @@ from .walk import Lists
 #: address hangs on a load of its own, that of the block's number, so five stages keep two tiles in flight, three keep
 #: one. Up to 128 features, in blocks of 64 and 128, nothing spills, and row 8 needs at most the 99 KB of shared memory
 #: of the smaller chips of its generation. Above, some spill: in the gradients of keys and values two accumulators alone
-#: fill the registers. Chosen by what the compiler reports; not yet timed on any GPU.
+#: fill the registers. Chosen by what the compiler reports; what was timed is in the tables of ``tuned``.
 TILES = {
     8: {
         "forward": {64: (128, 64, 5), 128: (128, 32, 5), 256: (64, 16, 3)},

@@ -23,7 +23,7 @@ DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 
 #: By bytes an element, how each kernel is launched where no table says otherwise; see ``tunable.py``. Four rows of
 #: 13,824 columns in float32 are 221 KB, and 29 MB in all 132 programs of an H100: its L2 has 50 MB. Each thread loads
-#: 16 bytes at a time, from four rows. Not yet timed on any GPU.
+#: 16 bytes at a time, from four rows. Not tuned yet.
 CONFIGS: dict[int, dict[str, Config]] = {
     size: {
         "wide_products": {"rows": 4, "values": 64 // size, "num_warps": 2 * size},
