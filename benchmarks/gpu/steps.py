@@ -144,7 +144,7 @@ def tests(report: Path) -> Step:
         command += ["-n", str(JOBS), "--dist", "loadgroup"]
     needs = ("pytest", "hypothesis", *COMMANDS)
     return Step(
-        "tests", command, 180, lambda log: reports.tested(report), report, needs, least=60, environment=ALONE
+        "tests", command, 180, lambda log: reports.tested(report), report, needs, least=170, environment=ALONE
     )  # fmt: skip
 
 
