@@ -7,6 +7,7 @@ kernels, or be recorded itself; so the two are told apart.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +17,9 @@ from .timing import TURN_MS, Call, turn_ms
 
 #: Of so many calls at most a graph is made.
 MOST_CALLS = 64
+
+#: What a recording failed with. After one there is no other in this process.
+_failures: list[Exception] = []
 
 
 @dataclass(frozen=True)
@@ -51,20 +55,27 @@ def as_called_ms(call: Call, device: torch.device) -> float:
 
 
 def record(call: Call, sets: int, ms: float, device: torch.device) -> Recording | None:
-    """Calls of each set of inputs in turn, as many as make a turn; None where a call waits for the GPU.
+    """Calls of each set of inputs in turn, as many times as make a turn; None where a call can't be recorded.
 
     Args:
         call: warm, on the current stream, which is not the default one.
         sets: sets of inputs that calls go through.
         ms: what one takes as called.
     """
-    if _waits(call, device):
+    if _failures or _waits(call, device):
         return None
-    calls = max(sets, min(MOST_CALLS, int(TURN_MS / ms)))
+    calls = sets * max(1, min(MOST_CALLS, int(TURN_MS / ms)) // sets)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
-        for i in range(calls):
-            call(i)
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(device)):
+            for i in range(calls):
+                call(i)
+    except Exception as error:  # a rival's, or CUDA's of what is not allowed meanwhile
+        # PyTorch's allocator does not get over a recording that CUDA has ended.
+        warnings.warn(f"no more calls are recorded, all are timed as called: {error}", stacklevel=2)
+        _failures.append(error)
+        return None
+    graph.replay()  # the first takes longer
     return Recording(lambda _: graph.replay(), calls)
 
 
@@ -75,7 +86,7 @@ def _waits(call: Call, device: torch.device) -> bool:
     torch.cuda.set_sync_debug_mode("error")
     try:
         call(0)
-    except RuntimeError:
+    except Exception:  # PyTorch's RuntimeError, or what a call makes of it
         return True
     finally:
         torch.cuda.set_sync_debug_mode(mode)

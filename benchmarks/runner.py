@@ -15,7 +15,7 @@ from .cases import Candidate, Case, Contestant, Inputs, Task
 from .correctness import Outputs, tuple_of
 from .launches import launches
 from .memory import peak_growth
-from .replays import as_called_ms, own_stream, record
+from .replays import Recording, as_called_ms, own_stream, record
 from .results import Result, Row
 from .timing import Call, Plan, by_turns
 
@@ -88,29 +88,34 @@ def _time(turns: list[tuple[Row, Call]], plan: Plan, case: Case) -> None:
     """Fills in the samples. A contestant that raises leaves, and the others begin anew: a round is one of all."""
     while len(turns) > 1:  # the ceiling is one
         try:
-            calls = [_recorded(row, call, case) for row, call in turns]
-            samples = by_turns([call for call, _ in calls], plan, case.device)
+            recordings = _recordings(turns, case)
+            samples = by_turns([recording.replay for recording in recordings], plan, case.device)
         except _Left:
             turns = [(row, call) for row, call in turns if row.status == "timed"]
         else:
-            for (row, _), (_, count), of_row in zip(turns, calls, samples):
-                row.samples_ms = [sample / count for sample in of_row]
+            for (row, _), recording, of_row in zip(turns, recordings, samples):
+                row.samples_ms = [sample / recording.calls for sample in of_row]
             return
 
 
-def _recorded(row: Row, call: Call, case: Case) -> tuple[Call, int]:
-    """What is timed, and how many calls that is: on a GPU a recording of several, where they can be recorded."""
+def _recordings(turns: list[tuple[Row, Call]], case: Case) -> list[Recording]:
+    """What is timed: on a GPU recordings of all, or where one can't be recorded all as they are called."""
+    as_called = [Recording(call, 1) for _, call in turns]
+    found = []
+    for row, _ in turns:
+        row.replayed, row.as_called_ms = False, None
     if case.device.type != "cuda" or not case.recorded:
-        return call, 1
-    ms = as_called_ms(call, case.device)
-    try:
+        return as_called
+    times = [as_called_ms(call, case.device) for _, call in turns]
+    for (row, call), ms in zip(turns, times):
         recording = record(call, case.input_sets, ms, case.device)
-    except (RuntimeError, _Left):  # what has just run can't be recorded, and is timed as it is called
-        row.status, row.reason, recording = "timed", "", None
-    if recording is None:
-        return call, 1
-    row.replayed, row.as_called_ms = True, ms
-    return recording.replay, recording.calls
+        if recording is None:
+            row.status, row.reason = "timed", ""  # it has just run, and fails in a recording alone
+            return as_called
+        found.append(recording)
+    for (row, _), ms in zip(turns, times):
+        row.replayed, row.as_called_ms = True, ms
+    return found
 
 
 class _Left(Exception):

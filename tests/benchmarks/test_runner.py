@@ -25,8 +25,9 @@ from benchmarks.ceilings import Ceiling, matrix_product, memory_read
 from benchmarks.correctness import error_share
 from benchmarks.launches import launches
 from benchmarks.memory import peak_growth
+from benchmarks.replays import Recording
 from benchmarks.results import Bar, Result, Row, exponent, geometric_mean
-from benchmarks.runner import FEW, run
+from benchmarks.runner import FEW, _recordings, run
 from benchmarks.tables import result_table
 from benchmarks.timing import Plan, by_turns
 from gdl_kernels._backends import Explanation
@@ -365,30 +366,40 @@ def test_launches_are_what_the_gpu_ran() -> None:
     assert launches(lambda: x.sin().cos(), torch.device("cuda")) == 2
 
 
+def test_a_case_is_recorded_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = dataclasses.replace(_tiny(), device=torch.device("cuda"), input_sets=2)
+    rows = [Row(name, 1.0, 1.0) for name in ("add", "eager", "gdl_kernels")]
+    turns = [(row, lambda i: i) for row in rows]
+    monkeypatch.setattr("benchmarks.runner.as_called_ms", lambda call, device: 0.5)
+    monkeypatch.setattr("benchmarks.runner.record", lambda call, sets, ms, device: Recording(call, 10 * sets))
+    assert [recording.calls for recording in _recordings(turns, case)] == [20, 20, 20]
+    assert [(row.replayed, row.as_called_ms) for row in rows] == [(True, 0.5)] * 3
+
+    recorded = iter([Recording(lambda i: i, 4), None])
+    monkeypatch.setattr("benchmarks.runner.record", lambda *_: next(recorded))
+    assert [recording.calls for recording in _recordings(turns, case)] == [1, 1, 1]
+    assert [(row.replayed, row.as_called_ms, row.status) for row in rows] == [(False, None, "timed")] * 3
+    assert [r.calls for r in _recordings(turns, dataclasses.replace(case, recorded=False))] == [1, 1, 1]
+
+
 @pytest.mark.gpu
 def test_what_can_be_recorded_is_timed_as_replays() -> None:
     def waiting(x: Tensor) -> Tensor:
         return x * x if x.sum().item() else x
 
     gpu = torch.device("cuda")
-    contestants = (
-        Contestant("eager", _square),
-        Contestant("waiting", waiting),
-        Contestant("gdl_kernels", lambda x: x**2),
-    )
     case = dataclasses.replace(
-        _tiny(*contestants),
+        _tiny(Contestant("eager", _square), Contestant("gdl_kernels", lambda x: x**2)),
         device=gpu,
         inputs=lambda generator: (torch.randn(FEW, generator=generator, device=gpu),),
         ceiling=lambda dtype, device: Ceiling("add", lambda: torch.ones(8, device=gpu) + 1, 8.0),
     )
-    result = run("tiny", case, PLAN)
-    assert [row.replayed for row in (result.ceiling, *result.rows)] == [True, True, False, True]
-    assert all(row.status == "timed" and row.median_ms for row in result.rows)
-    assert all((row.as_called_ms is not None) == row.replayed for row in result.rows)
-    unrecorded = run("tiny", dataclasses.replace(case, recorded=False), PLAN)
-    assert not any(row.replayed for row in unrecorded.rows)
-    torch.randn(3, device=gpu)  # PyTorch's own generator is as it was
+    waits = dataclasses.replace(case, contestants=[*case.contestants, Contestant("waiting", waiting)])
+    for one, replayed in ((case, True), (waits, False), (dataclasses.replace(case, recorded=False), False)):
+        result = run("tiny", one, PLAN)
+        for row in (result.ceiling, *result.rows):
+            assert (row.status, row.replayed, row.as_called_ms is not None) == ("timed", replayed, replayed)
+            assert row.median_ms is not None
 
 
 def test_a_ceiling_of_memory_makes_every_rate_one_of_bytes() -> None:
