@@ -157,10 +157,10 @@ def _of_numbers(numbers: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _of_free_numbers(*numbers: int) -> tuple[int, ...] | None:
-    """Whether all have 32 bits; else which have 64."""
+    """Whether all have 32 bits; else what each has: 32 bits, 64, or 64 without a sign."""
     if min(numbers) >= -(2**31) and max(numbers) < 2**31:
         return None
-    return tuple(n.bit_length() for n in numbers)
+    return tuple([(n >= 2**63) + (not -(2**31) <= n < 2**31) for n in numbers])
 
 
 # Triton's own of these go through its constexprs, which takes 3 µs.

@@ -382,3 +382,10 @@ def test_warm_launches_on_a_gpu(dispatched: Dispatched, monkeypatch: pytest.Monk
     out.fill_(torch.nan)
     graph.replay()
     assert_filled(8)
+
+
+def test_free_numbers_are_told_apart_by_their_bits_alone() -> None:
+    large = 2**40
+    kinds = [_triton._of_free_numbers(number, large) for number in (-(2**31), 2**31 - 1, 2**31, 2**62, 2**63)]
+    assert kinds[0] == kinds[1] != kinds[2] == kinds[3] != kinds[4] != kinds[0]
+    assert _triton._of_free_numbers(1, 16) is None
